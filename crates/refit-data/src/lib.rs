@@ -1,0 +1,1 @@
+//! Datasets, tokenizers, batches and label metrics.

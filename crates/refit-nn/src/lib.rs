@@ -1,0 +1,1 @@
+//! Running models on Burn: sites, operators, mixers, caches, taps, kernels, generation.

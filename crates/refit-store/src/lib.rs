@@ -1,0 +1,1 @@
+//! Artifacts on disk: formats, architectures, sources, lineage, cards, scan.

@@ -1,0 +1,1 @@
+//! Evaluators, calibration, losses, optimizers and the claim harness.

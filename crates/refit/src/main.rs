@@ -1,0 +1,2 @@
+//! The refit binary.
+fn main() {}
