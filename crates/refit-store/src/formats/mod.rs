@@ -1,0 +1,3 @@
+//! One module per file format; each turns a file into tensor entries and nothing more.
+
+pub mod gguf;
