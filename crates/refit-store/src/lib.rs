@@ -3,6 +3,7 @@
 //! `Artifact::open` reads headers only; tensors are read when asked for, by position, so that no
 //! page of a large file stays in memory. [`writer`] is the one way to write a model.
 
+pub mod architecture;
 pub mod artifact;
 pub mod config;
 pub mod dtype;
