@@ -261,7 +261,10 @@ impl Architecture {
     /// convolutions are not among them.
     pub fn linears(&self) -> impl Iterator<Item = &Site> {
         self.sites.iter().filter(|site| {
-            site.stored && site.layer.is_some() && site.role.is_projection() && site.shape.len() == 2
+            site.stored
+                && site.layer.is_some()
+                && site.role.is_projection()
+                && site.shape.len() == 2
         })
     }
 

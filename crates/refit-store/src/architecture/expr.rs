@@ -21,7 +21,9 @@ impl Value {
             Json::Number(n) => n.as_f64().map(Self::Num),
             Json::Bool(b) => Some(Self::Num(f64::from(*b))),
             Json::String(s) => Some(Self::Str(s.clone())),
-            Json::Array(items) => items.iter().map(Self::from_json).collect::<Option<_>>().map(Self::List),
+            Json::Array(items) => {
+                items.iter().map(Self::from_json).collect::<Option<_>>().map(Self::List)
+            }
             Json::Null | Json::Object(_) => None,
         }
     }
@@ -175,8 +177,10 @@ impl Parser<'_> {
             self.rest = text[end + 1..].trim_start();
             return Ok(Value::Str(text[..end].to_owned()));
         }
-        let word_end =
-            self.rest.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.')).unwrap_or(self.rest.len());
+        let word_end = self
+            .rest
+            .find(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.'))
+            .unwrap_or(self.rest.len());
         let word = &self.rest[..word_end];
         if word.is_empty() {
             return Err(self.invalid("expected a value"));
@@ -256,7 +260,16 @@ mod tests {
 
     #[test]
     fn nonsense_is_an_error() {
-        for source in ["", "hidden +", "(hidden", "hidden hidden", "len(hidden)", "'open", "kind * 2", "1.2.3"] {
+        for source in [
+            "",
+            "hidden +",
+            "(hidden",
+            "hidden hidden",
+            "len(hidden)",
+            "'open",
+            "kind * 2",
+            "1.2.3",
+        ] {
             assert!(run(source).is_err(), "{source}");
         }
     }

@@ -130,13 +130,18 @@ pub(super) fn infer(
     attach_norms(&mut sites);
     let dims = dims(config, &sites, hidden);
     let kind = kind(&sites);
-    let summary = "A model without a description in refit; roles are guessed from names and shapes.".to_owned();
+    let summary =
+        "A model without a description in refit; roles are guessed from names and shapes."
+            .to_owned();
     Architecture::new(model_type.to_owned(), kind, true, sites, dims, summary)
 }
 
 fn role_of(name: &str, shape: &[usize], in_block: bool) -> Role {
     let lower = name.to_lowercase();
-    if lower.contains("running_mean") || lower.contains("running_var") || lower.contains("num_batches_tracked") {
+    if lower.contains("running_mean")
+        || lower.contains("running_var")
+        || lower.contains("num_batches_tracked")
+    {
         return Role::Stat;
     }
     if lower.ends_with("bias") && !lower.ends_with("relative_attention_bias.weight") {
@@ -178,9 +183,7 @@ fn stack_of(name: &str) -> Option<String> {
 
 /// Sort key in which numbers compare as numbers.
 fn natural(name: &str) -> Vec<(u8, usize, &str)> {
-    name.split('.')
-        .map(|part| part.parse().map_or((1, 0, part), |n| (0, n, "")))
-        .collect()
+    name.split('.').map(|part| part.parse().map_or((1, 0, part), |n| (0, n, ""))).collect()
 }
 
 /// Matrices of a block that no word explains: widening means Up, narrowing means Down.
@@ -203,10 +206,23 @@ fn attach_norms(sites: &mut [Site]) {
         let name = site.name.to_lowercase();
         let (attention, mlp) = of_block.entry((site.stack.clone(), layer)).or_default();
         let has = |words: &[&str]| words.iter().any(|word| name.contains(word));
-        if has(&["input_layernorm", "ln_1", "attention_norm", "norm1", "self_attn_layer_norm", "layernorm_before"]) {
+        if has(&[
+            "input_layernorm",
+            "ln_1",
+            "attention_norm",
+            "norm1",
+            "self_attn_layer_norm",
+            "layernorm_before",
+        ]) {
             *attention = Some(site.name.clone());
-        } else if has(&["post_attention_layernorm", "ln_2", "ffn_norm", "norm2", "final_layer_norm", "layernorm_after"])
-        {
+        } else if has(&[
+            "post_attention_layernorm",
+            "ln_2",
+            "ffn_norm",
+            "norm2",
+            "final_layer_norm",
+            "layernorm_after",
+        ]) {
             *mlp = Some(site.name.clone());
         }
     }
@@ -239,7 +255,10 @@ fn kind(sites: &[Site]) -> Kind {
 
 fn dims(config: &Map<String, Json>, sites: &[Site], hidden: Option<usize>) -> Dims {
     let key = |names: &[&str]| {
-        names.iter().find_map(|name| config.get(*name)?.as_u64()).and_then(|n| usize::try_from(n).ok())
+        names
+            .iter()
+            .find_map(|name| config.get(*name)?.as_u64())
+            .and_then(|n| usize::try_from(n).ok())
     };
     let heads = key(&["num_attention_heads", "n_head", "n_heads"]);
     let hidden = key(&["hidden_size", "n_embd", "d_model", "dim"]).or(hidden);
@@ -251,8 +270,9 @@ fn dims(config: &Map<String, Json>, sites: &[Site], hidden: Option<usize>) -> Di
         kv_heads: key(&["num_key_value_heads"]).or(heads),
         head_dim: key(&["head_dim"]).or_else(|| Some(hidden? / heads.filter(|&h| h > 0)?)),
         ffn: key(&["intermediate_size", "n_inner", "ffn_dim", "d_ff"]),
-        vocab: key(&["vocab_size"])
-            .or_else(|| sites.iter().find(|s| s.role == Role::Embed).and_then(|s| s.shape.first().copied())),
+        vocab: key(&["vocab_size"]).or_else(|| {
+            sites.iter().find(|s| s.role == Role::Embed).and_then(|s| s.shape.first().copied())
+        }),
         context: key(&["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"]),
         window: key(&["sliding_window"]),
     }

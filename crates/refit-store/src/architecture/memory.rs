@@ -55,30 +55,43 @@ pub struct MemoryPlan {
 ///   widest of MLP and logits, one strip of attention scores;
 /// - a backward pass keeps, per block, 17bsh + 2.5abs² elements (Korthikanti et al. 2022, equation 1, in
 ///   elements), and the logits twice.
-pub fn memory_plan(architecture: &Architecture, stored: u64, options: &MemoryOptions) -> MemoryPlan {
+pub fn memory_plan(
+    architecture: &Architecture,
+    stored: u64,
+    options: &MemoryOptions,
+) -> MemoryPlan {
     let dims = &architecture.dims;
     let element = options.element_bytes as u64;
     let (s, b) = (options.context as u64, options.batch as u64);
     let size = |dim: Option<usize>| dim.unwrap_or(0) as u64;
     let (h, a, layers) = (size(dims.hidden), size(dims.heads), size(dims.layers));
     let is_weight = |role| !matches!(role, Role::Stat | Role::Other);
-    let parameters: u64 =
-        architecture.parameters_by_role().iter().filter(|(role, ..)| is_weight(*role)).map(|(.., n)| n).sum();
+    let parameters: u64 = architecture
+        .parameters_by_role()
+        .iter()
+        .filter(|(role, ..)| is_weight(*role))
+        .map(|(.., n)| n)
+        .sum();
     let weights = parameters * element;
 
     let decodes = matches!(
         architecture.kind,
-        super::Kind::Decoder | super::Kind::EncoderDecoder | super::Kind::VisionLanguage | super::Kind::Audio
+        super::Kind::Decoder
+            | super::Kind::EncoderDecoder
+            | super::Kind::VisionLanguage
+            | super::Kind::Audio
     );
     let cache = (|| {
         let per_token = 2 * dims.layers? as u64 * dims.kv_heads? as u64 * dims.head_dim? as u64;
         let kept = dims.window.map_or(s, |window| s.min(window as u64));
         decodes.then_some(per_token * b * kept * element)
     })();
-    let logits = if architecture.with_role(Role::Head).next().is_some() { size(dims.vocab) } else { 0 };
+    let logits =
+        if architecture.with_role(Role::Head).next().is_some() { size(dims.vocab) } else { 0 };
     let forward = 4 * b * s * h + b * s * (2 * size(dims.ffn)).max(logits) + a * b * s * s.min(256);
     let activations = forward * element;
-    let backward = (layers * (17 * b * s * h + 5 * a * b * s * s / 2) + 2 * b * s * logits) * element;
+    let backward =
+        (layers * (17 * b * s * h + 5 * a * b * s * s / 2) + 2 * b * s * logits) * element;
 
     let rank = options.lora_rank as u64;
     let lora_parameters: u64 = architecture

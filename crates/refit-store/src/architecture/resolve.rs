@@ -68,22 +68,23 @@ impl fmt::Display for LoadReport {
             return f.write_str("every tensor fits the config");
         }
         let mut first = true;
-        let mut section = |f: &mut fmt::Formatter<'_>, title: &str, lines: Vec<String>| -> fmt::Result {
-            if lines.is_empty() {
-                return Ok(());
-            }
-            if !std::mem::take(&mut first) {
-                writeln!(f)?;
-            }
-            write!(f, "{} {title}:", lines.len())?;
-            for line in lines.iter().take(SHOWN) {
-                write!(f, "\n  {line}")?;
-            }
-            if lines.len() > SHOWN {
-                write!(f, "\n  ... and {} more", lines.len() - SHOWN)?;
-            }
-            Ok(())
-        };
+        let mut section =
+            |f: &mut fmt::Formatter<'_>, title: &str, lines: Vec<String>| -> fmt::Result {
+                if lines.is_empty() {
+                    return Ok(());
+                }
+                if !std::mem::take(&mut first) {
+                    writeln!(f)?;
+                }
+                write!(f, "{} {title}:", lines.len())?;
+                for line in lines.iter().take(SHOWN) {
+                    write!(f, "\n  {line}")?;
+                }
+                if lines.len() > SHOWN {
+                    write!(f, "\n  ... and {} more", lines.len() - SHOWN)?;
+                }
+                Ok(())
+            };
         let stray = |stray: &Stray, hint: &str| match &stray.nearest {
             Some(nearest) => format!("`{}` ({hint} `{nearest}`)", stray.name),
             None => format!("`{}`", stray.name),
@@ -91,8 +92,11 @@ impl fmt::Display for LoadReport {
         section(f, "missing", self.missing.iter().map(|s| stray(s, "stored instead?")).collect())?;
         section(f, "unexpected", self.unexpected.iter().map(|s| stray(s, "meant as")).collect())?;
         let misshaped = self.misshaped.iter().map(|m| {
-            let expected: Vec<_> =
-                m.expected.iter().map(|d| d.map_or_else(|| "?".to_owned(), |d| d.to_string())).collect();
+            let expected: Vec<_> = m
+                .expected
+                .iter()
+                .map(|d| d.map_or_else(|| "?".to_owned(), |d| d.to_string()))
+                .collect();
             format!("`{}` is {:?}, the config says [{}]", m.name, m.found, expected.join(", "))
         });
         section(f, "of another shape", misshaped.collect())
@@ -134,7 +138,10 @@ fn recognise(stored: &BTreeMap<&str, &[usize]>) -> Option<Schema> {
     schema::FILES.iter().filter_map(|(name, _)| schema::lookup(name)).find(|schema| {
         !schema.fingerprint.is_empty()
             && schema.prefixes.iter().map(String::as_str).chain([""]).any(|prefix| {
-                schema.fingerprint.iter().all(|name| stored.contains_key(format!("{prefix}{name}").as_str()))
+                schema
+                    .fingerprint
+                    .iter()
+                    .all(|name| stored.contains_key(format!("{prefix}{name}").as_str()))
             })
     })
 }
@@ -193,7 +200,8 @@ impl<'s> Matcher<'s> {
 
     fn run(mut self) -> Self {
         let schema = self.schema;
-        let bare = |at: &str| Place { at: at.to_owned(), loops: Loops::new(), layer: None, stack: None };
+        let bare =
+            |at: &str| Place { at: at.to_owned(), loops: Loops::new(), layer: None, stack: None };
         self.entries(&schema.tensors, &bare(self.prefix));
         let mut counted = HashMap::<Option<&str>, usize>::new();
         for block in &schema.blocks {
@@ -208,10 +216,15 @@ impl<'s> Matcher<'s> {
     fn block(&mut self, block: &'s Blocks, counted: &mut usize) {
         let at = format!("{}{}", self.prefix, block.at);
         for loops in self.iterate(&block.each, &at, &Loops::new()) {
-            let layer = loops.iter().find(|(name, _)| name == "layer").map_or(*counted, |(_, i)| *i);
+            let layer =
+                loops.iter().find(|(name, _)| name == "layer").map_or(*counted, |(_, i)| *i);
             *counted += 1;
-            let place =
-                Place { at: self.fill(&at, &loops), loops, layer: Some(layer), stack: block.stack.as_deref() };
+            let place = Place {
+                at: self.fill(&at, &loops),
+                loops,
+                layer: Some(layer),
+                stack: block.stack.as_deref(),
+            };
             self.entries(&block.tensors, &place);
         }
     }
@@ -262,7 +275,11 @@ impl<'s> Matcher<'s> {
         if entry.when.as_ref().is_some_and(|when| !self.holds(when, loops)) {
             return;
         }
-        if entry.beside.as_ref().is_some_and(|other| !self.stored.contains_key(format!("{other}.weight").as_str())) {
+        if entry
+            .beside
+            .as_ref()
+            .is_some_and(|other| !self.stored.contains_key(format!("{other}.weight").as_str()))
+        {
             return;
         }
         let module = format!("{}{}", place.at, self.fill(name, loops));
@@ -295,7 +312,8 @@ impl<'s> Matcher<'s> {
             })
             .collect();
         self.expect(site.clone(), &entry.shape, loops, norms, entry.optional, tied_to);
-        let aside = Site { layout: Default::default(), fused: Vec::new(), interleaved: false, ..site };
+        let aside =
+            Site { layout: Default::default(), fused: Vec::new(), interleaved: false, ..site };
         // A bias and the running statistics have one value per output.
         let outputs = match entry.layout {
             super::Layout::InOut => entry.shape.last(),
@@ -305,18 +323,30 @@ impl<'s> Matcher<'s> {
         if let Some(bias) = &entry.bias {
             let maybe = bias.0 == "maybe" || entry.optional;
             if maybe || self.holds(bias, loops) {
-                let bias = Site { name: format!("{module}.bias"), role: Role::Bias, ..aside.clone() };
+                let bias =
+                    Site { name: format!("{module}.bias"), role: Role::Bias, ..aside.clone() };
                 self.expect(bias, outputs, loops, Vec::new(), maybe, None);
             }
         }
         if entry.stats {
             for statistic in ["running_mean", "running_var"] {
-                let site = Site { name: format!("{module}.{statistic}"), role: Role::Stat, ..aside.clone() };
+                let site = Site {
+                    name: format!("{module}.{statistic}"),
+                    role: Role::Stat,
+                    ..aside.clone()
+                };
                 self.expect(site, outputs, loops, Vec::new(), entry.optional, None);
             }
             let counter = format!("{module}.num_batches_tracked");
             if self.stored.contains_key(counter.as_str()) {
-                self.expect(Site { name: counter, role: Role::Stat, ..aside }, &[], loops, Vec::new(), true, None);
+                self.expect(
+                    Site { name: counter, role: Role::Stat, ..aside },
+                    &[],
+                    loops,
+                    Vec::new(),
+                    true,
+                    None,
+                );
             }
         }
     }
@@ -334,7 +364,8 @@ impl<'s> Matcher<'s> {
         let found = self.stored.get(site.name.as_str()).copied();
         let tied = tied_to.is_some() && self.tied();
         let Some(found) = found else {
-            let table = tied_to.and_then(|target| Some((self.stored.get(target.as_str())?.to_vec(), target)));
+            let table = tied_to
+                .and_then(|target| Some((self.stored.get(target.as_str())?.to_vec(), target)));
             match table {
                 Some((shape, target)) if tied => {
                     site.shape = shape;
@@ -348,12 +379,22 @@ impl<'s> Matcher<'s> {
             return;
         };
         self.hits += 1;
-        let expected: Vec<Option<usize>> =
-            shape.iter().enumerate().map(|(i, dim)| self.dimension(dim, loops, found.get(i).copied())).collect();
+        let expected: Vec<Option<usize>> = shape
+            .iter()
+            .enumerate()
+            .map(|(i, dim)| self.dimension(dim, loops, found.get(i).copied()))
+            .collect();
         let fits = expected.len() == found.len()
-            && expected.iter().zip(found).all(|(expected, found)| expected.is_none_or(|e| e == *found));
+            && expected
+                .iter()
+                .zip(found)
+                .all(|(expected, found)| expected.is_none_or(|e| e == *found));
         if !fits {
-            self.misshaped.push(Misshaped { name: site.name.clone(), expected, found: found.to_vec() });
+            self.misshaped.push(Misshaped {
+                name: site.name.clone(),
+                expected,
+                found: found.to_vec(),
+            });
         }
         site.shape = found.to_vec();
         site.tied_to = tied_to.filter(|target| tied && self.stored.contains_key(target.as_str()));
@@ -373,7 +414,10 @@ impl<'s> Matcher<'s> {
             Some(tied) => tied,
             None => {
                 self.name("tied", &Loops::new()).is_none_or(|v| v.truthy())
-                    || !self.stored.keys().any(|name| name.contains("head") || name.contains("embed_out"))
+                    || !self
+                        .stored
+                        .keys()
+                        .any(|name| name.contains("head") || name.contains("embed_out"))
             }
         }
     }
@@ -392,8 +436,8 @@ impl<'s> Matcher<'s> {
         match self.size(dim, loops) {
             Ok(size) => Some(size),
             Err(fault) => {
-                if let Fault::Unknown(key) = fault {
-                    self.absent_keys.borrow_mut().insert(key);
+                if let Fault::Unknown(name) = fault {
+                    self.absent_keys.borrow_mut().insert(self.absent_key(name));
                 }
                 if let Some(found) = found.filter(|_| self.schema.names.contains_key(&dim.0)) {
                     self.learned.borrow_mut().insert(dim.0.clone(), found);
@@ -435,6 +479,19 @@ impl<'s> Matcher<'s> {
             None => self.name(inner, loops),
         };
         expr::eval(&expr.0, &earlier).ok()
+    }
+
+    /// The config key whose absence leaves `name` without a value.
+    fn absent_key(&self, name: String) -> String {
+        let Some((position, _, expr)) = self.schema.names.get_full(&name) else { return name };
+        let earlier = |inner: &str| match self.schema.names.get_index_of(inner) {
+            Some(other) if other < position => self.name(inner, &Loops::new()),
+            _ => self.config_key(inner),
+        };
+        match expr::eval(&expr.0, &earlier) {
+            Err(Fault::Unknown(inner)) if inner != name => self.absent_key(inner),
+            _ => name,
+        }
     }
 
     fn config_key(&self, path: &str) -> Option<Value> {
@@ -485,7 +542,8 @@ impl<'s> Matcher<'s> {
                 unexpected.push((*name).to_owned());
             }
         }
-        let missing: Vec<String> = std::mem::take(&mut self.missing).into_iter().map(|(name, _)| name).collect();
+        let missing: Vec<String> =
+            std::mem::take(&mut self.missing).into_iter().map(|(name, _)| name).collect();
         let report = LoadReport {
             missing: missing
                 .iter()
@@ -501,14 +559,20 @@ impl<'s> Matcher<'s> {
         let dims = self.dims();
         let kind = self.schema.kind.unwrap_or(Kind::Decoder);
         let summary = self.schema.summary.clone();
-        Resolved { architecture: Architecture::new(model_type, kind, inferred, self.sites, dims, summary), report }
+        Resolved {
+            architecture: Architecture::new(model_type, kind, inferred, self.sites, dims, summary),
+            report,
+        }
     }
 
     fn dims(&self) -> Dims {
         let size = |name: &str| self.name(name, &Loops::new()).and_then(|value| value.size());
         let counted = || {
-            let layers: HashSet<_> =
-                self.sites.iter().filter_map(|site| Some((site.stack.as_deref(), site.layer?))).collect();
+            let layers: HashSet<_> = self
+                .sites
+                .iter()
+                .filter_map(|site| Some((site.stack.as_deref(), site.layer?)))
+                .collect();
             (!layers.is_empty()).then_some(layers.len())
         };
         Dims {
@@ -530,8 +594,7 @@ fn glob(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {
         None => pattern == name,
         Some((head, tail)) => name.strip_prefix(head).is_some_and(|rest| {
-            tail.is_empty()
-                || rest.char_indices().any(|(i, _)| glob(tail, &rest[i..]))
+            tail.is_empty() || rest.char_indices().any(|(i, _)| glob(tail, &rest[i..]))
         }),
     }
 }

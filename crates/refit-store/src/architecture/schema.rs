@@ -183,10 +183,11 @@ const COMMON: &str = include_str!("../../architectures/_common.yaml");
 
 /// The description of a model type, with what it extends folded in.
 pub(super) fn lookup(model_type: &str) -> Option<Schema> {
-    let name = ALIASES.iter().find(|(alias, _)| *alias == model_type).map_or(model_type, |(_, name)| name);
+    let name =
+        ALIASES.iter().find(|(alias, _)| *alias == model_type).map_or(model_type, |(_, name)| name);
     let (_, text) = FILES.iter().find(|(file, _)| *file == name)?;
-    let schema: Schema =
-        serde_saphyr::from_str(text).expect("invariant: embedded architecture files parse (tested)");
+    let schema: Schema = serde_saphyr::from_str(text)
+        .expect("invariant: embedded architecture files parse (tested)");
     match &schema.extends {
         Some(parent) => {
             let parent = lookup(parent).expect("invariant: an extended file exists (tested)");
@@ -199,7 +200,10 @@ pub(super) fn lookup(model_type: &str) -> Option<Schema> {
 impl Schema {
     /// This file's entries over `parent`'s.
     fn over(mut self, parent: Self) -> Self {
-        fn merge(mut base: IndexMap<String, Entry>, over: IndexMap<String, Entry>) -> IndexMap<String, Entry> {
+        fn merge(
+            mut base: IndexMap<String, Entry>,
+            over: IndexMap<String, Entry>,
+        ) -> IndexMap<String, Entry> {
             base.extend(over);
             base
         }
@@ -220,7 +224,9 @@ impl Schema {
         let mut blocks = parent.blocks;
         for own in self.blocks {
             match blocks.iter_mut().find(|block| block.at == own.at) {
-                Some(block) => block.tensors = merge(std::mem::take(&mut block.tensors), own.tensors),
+                Some(block) => {
+                    block.tensors = merge(std::mem::take(&mut block.tensors), own.tensors)
+                }
                 None => blocks.push(own),
             }
         }
@@ -275,8 +281,11 @@ pub fn document_key(model_type: &str, key: &str) -> KeyDoc {
 
 /// Every model type that has a description.
 pub fn known_model_types() -> Vec<&'static str> {
-    let mut names: Vec<_> =
-        FILES.iter().map(|(name, _)| *name).chain(ALIASES.iter().map(|(alias, _)| *alias)).collect();
+    let mut names: Vec<_> = FILES
+        .iter()
+        .map(|(name, _)| *name)
+        .chain(ALIASES.iter().map(|(alias, _)| *alias))
+        .collect();
     names.sort_unstable();
     names
 }

@@ -1,0 +1,50 @@
+//! YAML from strangers: no anchors, no aliases, bounded depth and size.
+
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+
+/// Parses YAML into `T`. Anchors and aliases are refused (an alias bomb expands a few lines to gigabytes), and
+/// so are duplicate keys; messages carry the line.
+pub fn parse<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
+    serde_saphyr::from_str_with_options(text, strict_options())
+        .map_err(|error| Error::malformed(path, "YAML", error.to_string()))
+}
+
+pub(crate) fn strict_options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_anchors: 0,
+            max_aliases: 0,
+            max_depth: 64,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn parse_text(text: &str) -> Result<Value> {
+        parse(Path::new("recipe.yaml"), text)
+    }
+
+    #[test]
+    fn plain_yaml_is_read() {
+        let value = parse_text("a: 1\nb: [x, 2.5, true]\nc: {d: null}\n").unwrap();
+        assert_eq!(value, serde_json::json!({"a": 1, "b": ["x", 2.5, true], "c": {"d": null}}));
+    }
+
+    #[test]
+    fn alias_bombs_and_their_relatives_are_refused() {
+        let bomb = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n";
+        let deep = "[".repeat(5_000);
+        for text in [bomb, "a: &x 1\nb: 2\n", "a: 1\na: 2\n", &deep, "a: [1\n", "a: b: c\n"] {
+            let error = parse_text(text).unwrap_err().to_string();
+            assert!(error.starts_with("recipe.yaml: malformed YAML"), "{error}");
+        }
+    }
+}
