@@ -1,0 +1,185 @@
+//! Left-to-right language models: Llama, Mistral, Qwen 2 and 3, Gemma 2, Phi-3, GPT-2, GPT-NeoX, OPT.
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor, TensorData};
+use refit_store::artifact::Artifact;
+
+use crate::block::{Block, Context};
+use crate::config::TransformerConfig;
+use crate::error::{Error, Result};
+use crate::load::Loader;
+use crate::operator::{Embedding, Linear, Norm};
+use crate::ops;
+use crate::run::Run;
+
+/// Everything of a decoder but its blocks: what block-wise work keeps in memory.
+#[derive(Module, Debug)]
+pub struct Frame {
+    /// Token embedding.
+    pub embed: Embedding,
+    /// Learned positions (GPT-2, OPT).
+    pub positions: Option<Embedding>,
+    /// Norm after the last block.
+    pub norm: Norm,
+    /// Output head; `None` when tied to the embedding.
+    pub head: Option<Linear>,
+    #[module(skip)]
+    config: TransformerConfig,
+}
+
+/// A whole decoder.
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// Embedding, final norm and head.
+    pub frame: Frame,
+    /// The blocks, in order.
+    pub blocks: Vec<Block>,
+}
+
+impl Frame {
+    /// Loads the frame of a decoder.
+    ///
+    /// # Errors
+    /// Missing or mis-shaped tensors.
+    pub fn load(loader: &Loader) -> Result<Self> {
+        Ok(Self {
+            embed: loader.embed()?,
+            positions: loader.positions()?,
+            norm: loader.outer_norm()?,
+            head: loader.head()?,
+            config: loader.config().clone(),
+        })
+    }
+
+    /// The config of the decoder.
+    pub fn config(&self) -> &TransformerConfig {
+        &self.config
+    }
+
+    /// What the blocks of a pass over `seq` tokens from position `start` share.
+    pub fn context(&self, start: usize, seq: usize) -> Context {
+        let device = self.embed.weight.val().device();
+        let rope = self.config.rope.as_ref().map(|rope| {
+            let frequencies = rope.inverse_frequencies();
+            let angles =
+                || (start..start + seq).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+            let table = |f: fn(f64) -> f64| {
+                let values: Vec<f32> = angles().map(|a| f(a) as f32).collect();
+                Tensor::from_data(TensorData::new(values, [seq, frequencies.len()]), &device)
+            };
+            (table(f64::cos), table(f64::sin))
+        });
+        Context { start, rope, causal: true, lengths: None }
+    }
+
+    /// Embeds `ids`, `batch` rows of `ids.len() / batch` tokens that start at position `start`: `[batch, seq, hidden]`.
+    ///
+    /// # Errors
+    /// Ids outside the vocabulary, positions outside a learned position table, an empty input.
+    pub fn embed(&self, ids: &[u32], batch: usize, start: usize) -> Result<Tensor<3>> {
+        if batch == 0 || ids.is_empty() || !ids.len().is_multiple_of(batch) {
+            let message =
+                format!("{} tokens do not form {batch} rows of equal, positive length", ids.len());
+            return Err(Error::Invalid(message));
+        }
+        let seq = ids.len() / batch;
+        let vocab = self.embed.rows();
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::Token { id, vocab });
+        }
+        let mut x = self.embed.forward(ids, batch, seq);
+        if let Some(scale) = self.config.embed_scale {
+            // Gemma rounds the factor to the weights' precision; in f32 that is the factor itself.
+            x = x * scale;
+        }
+        if let (Some(table), Some(offset)) = (&self.positions, self.config.positions) {
+            let rows = table.rows();
+            if start + seq + offset > rows {
+                return Err(Error::Context {
+                    requested: start + seq,
+                    context: rows - offset.min(rows),
+                });
+            }
+            let positions: Vec<u32> = (0..seq).map(|i| (start + offset + i) as u32).collect();
+            x = x + table.forward(&positions, 1, seq);
+        }
+        Ok(x)
+    }
+
+    /// Final norm and head: `[batch, seq, hidden]` to logits `[batch, seq, vocab]`.
+    pub fn logits(&self, x: Tensor<3>, run: &mut Run) -> Tensor<3> {
+        let x = run.tap(|| "final:in".into(), x);
+        let x = self.norm.forward(x);
+        let logits = match &self.head {
+            Some(head) => head.forward(x, run),
+            None => ops::linear(x, self.embed.weight.val(), None),
+        };
+        match self.config.logit_softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        }
+    }
+}
+
+impl Decoder {
+    /// Loads a decoder to `device`. f32 tensors stay mapped, everything else is decoded to f32.
+    ///
+    /// # Errors
+    /// Unsupported model types, incomplete configs, missing or mis-shaped tensors.
+    pub fn load(artifact: &Artifact, device: &Device) -> Result<Self> {
+        let loader = Loader::new(artifact, device)?;
+        loader.decode_ahead()?;
+        let blocks = (0..loader.config().layers).map(|i| loader.block(i)).collect::<Result<_>>()?;
+        Ok(Self { frame: Frame::load(&loader)?, blocks })
+    }
+
+    /// The config.
+    pub fn config(&self) -> &TransformerConfig {
+        self.frame.config()
+    }
+
+    /// Runs the blocks: `ids` (`batch` rows) to the residual stream after the last block, `[batch, seq, hidden]`.
+    ///
+    /// With a cache, the tokens continue it.
+    ///
+    /// # Errors
+    /// Ids outside the vocabulary and inputs longer than the context.
+    pub fn hidden(&self, ids: &[u32], batch: usize, run: &mut Run) -> Result<Tensor<3>> {
+        let start = run.cache.as_ref().map_or(0, |cache| cache.len());
+        let seq = ids.len() / batch.max(1);
+        let context = self.config().context;
+        if start + seq > context {
+            return Err(Error::Context { requested: start + seq, context });
+        }
+        let mut x = self.frame.embed(ids, batch, start)?;
+        let context = self.frame.context(start, seq);
+        for (index, block) in self.blocks.iter().enumerate() {
+            x = block.forward(x, &context, index, run);
+        }
+        Ok(x)
+    }
+
+    /// Logits `[batch, seq, vocab]` of every position.
+    ///
+    /// # Errors
+    /// As [`Self::hidden`].
+    pub fn forward(&self, ids: &[u32], batch: usize, run: &mut Run) -> Result<Tensor<3>> {
+        let x = self.hidden(ids, batch, run)?;
+        Ok(self.frame.logits(x, run))
+    }
+
+    /// Logits `[batch, 1, vocab]` of the last position alone: what generation needs.
+    ///
+    /// # Errors
+    /// As [`Self::hidden`].
+    pub fn next(&self, ids: &[u32], batch: usize, run: &mut Run) -> Result<Tensor<3>> {
+        let x = self.hidden(ids, batch, run)?;
+        let [batch, seq, width] = x.dims();
+        Ok(self.frame.logits(x.slice([0..batch, seq - 1..seq, 0..width]), run))
+    }
+
+    /// The linear at `site` (tensor name with or without `.weight`), to be changed.
+    pub fn linear_mut(&mut self, site: &str) -> Option<&mut Linear> {
+        self.blocks.iter_mut().find_map(|block| block.linear_mut(site))
+    }
+}

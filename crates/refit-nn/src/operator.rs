@@ -1,0 +1,145 @@
+//! Sites and the operators that sit at them.
+//!
+//! A site is a named place that holds a weight; its name is the tensor's name in the artifact without `.weight`. Methods change
+//! the [`Operator`] of a site, never the code of the model around it.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Device, Tensor};
+
+use crate::ops;
+use crate::run::Run;
+
+/// A full weight matrix `[out, in]`, the layout of checkpoints.
+#[derive(Module, Debug)]
+pub struct Dense {
+    /// Weight `[out, in]`.
+    pub weight: Param<Tensor<2>>,
+}
+
+/// A weight of low rank: `up · down`, `[out, rank] · [rank, in]`.
+#[derive(Module, Debug)]
+pub struct LowRank {
+    /// `[rank, in]`.
+    pub down: Param<Tensor<2>>,
+    /// `[out, rank]`.
+    pub up: Param<Tensor<2>>,
+}
+
+/// What computes `x · Wᵀ` at a site.
+#[derive(Module, Debug)]
+pub enum Operator {
+    /// A full matrix.
+    Dense(Dense),
+    /// A product of two thin matrices.
+    LowRank(LowRank),
+}
+
+/// A linear layer: a site's operator and its bias.
+#[derive(Module, Debug)]
+pub struct Linear {
+    /// Name of the site.
+    #[module(skip)]
+    pub site: String,
+    /// The operator that holds the weight.
+    pub op: Operator,
+    /// Bias `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+}
+
+impl Linear {
+    /// A dense linear from `weight [out, in]`.
+    pub fn dense(site: impl Into<String>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+        let op = Operator::Dense(Dense { weight: Param::from_tensor(weight) });
+        Self { site: site.into(), op, bias: bias.map(Param::from_tensor) }
+    }
+
+    /// `x [batch, seq, in]` to `[batch, seq, out]`; taps `SITE:in` and `SITE:out`.
+    pub fn forward(&self, x: Tensor<3>, run: &mut Run) -> Tensor<3> {
+        let x = run.tap(|| format!("{}:in", self.site), x);
+        let bias = self.bias.as_ref().map(|b| b.val());
+        let y = match &self.op {
+            Operator::Dense(dense) => ops::linear(x, dense.weight.val(), bias),
+            Operator::LowRank(pair) => {
+                ops::linear(ops::linear(x, pair.down.val(), None), pair.up.val(), bias)
+            }
+        };
+        run.tap(|| format!("{}:out", self.site), y)
+    }
+
+    /// The effective weight `[out, in]`.
+    pub fn weight(&self) -> Tensor<2> {
+        match &self.op {
+            Operator::Dense(dense) => dense.weight.val(),
+            Operator::LowRank(pair) => pair.up.val().matmul(pair.down.val()),
+        }
+    }
+
+    /// Replaces the operator by a dense one; `values` are row-major `[out, in]`.
+    pub fn set_weight(&mut self, values: Vec<f32>, device: &Device) {
+        let [out, inner] = self.weight().dims();
+        assert_eq!(values.len(), out * inner, "invariant: a weight keeps its shape");
+        let weight = Tensor::from_data(burn::tensor::TensorData::new(values, [out, inner]), device);
+        self.op = Operator::Dense(Dense { weight: Param::from_tensor(weight) });
+    }
+}
+
+/// A table of vectors, `[rows, width]`.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// Name of the site.
+    #[module(skip)]
+    pub site: String,
+    /// The table.
+    pub weight: Param<Tensor<2>>,
+}
+
+impl Embedding {
+    /// Looks up `ids`, `batch * seq` of them; returns `[batch, seq, width]`.
+    pub fn forward(&self, ids: &[u32], batch: usize, seq: usize) -> Tensor<3> {
+        ops::embedding(self.weight.val(), ids, batch, seq)
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.weight.val().dims()[0]
+    }
+}
+
+/// Which statistic a [`Norm`] divides by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// Root mean square (RMSNorm, Zhang and Sennrich 2019).
+    Rms,
+    /// Mean and variance (LayerNorm, Ba et al. 2016).
+    Layer,
+}
+
+/// A normalization with scale and optional bias.
+#[derive(Module, Debug)]
+pub struct Norm {
+    /// Name of the site.
+    #[module(skip)]
+    pub site: String,
+    /// Scale `[width]`; for models that store `scale - 1` (Gemma) the one is already added.
+    pub weight: Param<Tensor<1>>,
+    /// Bias `[width]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Added to the variance.
+    #[module(skip)]
+    pub eps: f64,
+    /// Kind of normalization.
+    #[module(skip)]
+    pub kind: NormKind,
+}
+
+impl Norm {
+    /// Normalizes the last dimension.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self.kind {
+            NormKind::Rms => ops::rms_norm(x, self.weight.val(), self.eps),
+            NormKind::Layer => {
+                ops::layer_norm(x, self.weight.val(), self.bias.as_ref().map(|b| b.val()), self.eps)
+            }
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Every fused kernel against the plain composition of Burn, forced by an autodiff device.
+
+use burn::tensor::{Device, Distribution, Tensor};
+
+use super::*;
+
+fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+}
+
+/// The same values on the autodiff device, where no fused kernel applies.
+fn plain<const D: usize>(x: &Tensor<D>) -> Tensor<D> {
+    Tensor::from_data(x.to_data(), &Device::flex().autodiff())
+}
+
+fn assert_close<const D: usize>(a: &Tensor<D>, b: &Tensor<D>, tolerance: f32) {
+    assert_eq!(a.dims(), b.dims());
+    let worst = to_vec(a).iter().zip(to_vec(b)).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
+    assert!(worst <= tolerance, "largest difference {worst}");
+}
+
+#[test]
+fn linear_matches_the_composition() {
+    let device = Device::flex();
+    for (batch, seq, k, n) in [(1, 1, 64, 33), (1, 3, 65, 200), (2, 40, 96, 130)] {
+        let (x, w, b) =
+            (random([batch, seq, k], &device), random([n, k], &device), random([n], &device));
+        let fused = linear(x.clone(), w.clone(), Some(b.clone()));
+        assert_close(&fused, &linear(plain(&x), plain(&w), Some(plain(&b))), 2e-4);
+        assert_close(
+            &linear(x.clone(), w.clone(), None),
+            &linear(plain(&x), plain(&w), None),
+            2e-4,
+        );
+    }
+}
+
+#[test]
+fn norms_and_activations_match_the_composition() {
+    let device = Device::flex();
+    let (x, w, b) = (random([2, 9, 37], &device), random([37], &device), random([37], &device));
+    assert_close(
+        &rms_norm(x.clone(), w.clone(), 1e-5),
+        &rms_norm(plain(&x), plain(&w), 1e-5),
+        1e-5,
+    );
+    let fused = layer_norm(x.clone(), w.clone(), Some(b.clone()), 1e-5);
+    assert_close(&fused, &layer_norm(plain(&x), plain(&w), Some(plain(&b)), 1e-5), 1e-5);
+    let big = random([3, 100, 101], &device) * 3.0;
+    use Activation::*;
+    for kind in [Silu, Gelu, GeluTanh, QuickGelu, Relu, Relu6, Tanh] {
+        assert_close(&kind.apply(big.clone()), &kind.apply(plain(&big)), 2e-6);
+        assert_close(&gated(x.clone(), x.clone(), kind), &gated(plain(&x), plain(&x), kind), 1e-5);
+    }
+}
+
+#[test]
+fn rope_and_attention_match_the_composition() {
+    let device = Device::flex();
+    let (batch, seq, heads, kv_heads, dim) = (2, 70, 6, 2, 16);
+    let table = random([seq, 6], &device);
+    let x = random([batch, seq, heads * dim], &device);
+    let fused = rope(x.clone(), table.clone().cos(), table.clone().sin(), heads);
+    assert_close(&fused, &rope(plain(&x), plain(&table).cos(), plain(&table).sin(), heads), 1e-5);
+
+    let mut spec = AttentionSpec {
+        heads,
+        kv_heads,
+        head_dim: dim,
+        scale: 0.25,
+        causal: None,
+        window: None,
+        softcap: None,
+        lengths: None,
+    };
+    let keys = 90;
+    let (k, v) = (
+        random([batch, keys, kv_heads * dim], &device),
+        random([batch, keys, kv_heads * dim], &device),
+    );
+    let check = |spec: &AttentionSpec| {
+        let fused = attention(x.clone(), k.clone(), v.clone(), spec);
+        assert_close(&fused, &attention(plain(&x), plain(&k), plain(&v), spec), 2e-5);
+    };
+    check(&spec);
+    spec.causal = Some(20);
+    check(&spec);
+    spec.window = Some(7);
+    spec.softcap = Some(5.0);
+    check(&spec);
+    spec = AttentionSpec { causal: None, window: None, lengths: Some(vec![3, 90]), ..spec };
+    check(&spec);
+    // One query row, as in decoding.
+    let q = random([1, 1, heads * dim], &device);
+    let one = |x: &Tensor<3>| x.clone().slice([0..1]);
+    spec = AttentionSpec { causal: Some(keys - 1), lengths: None, softcap: None, ..spec };
+    let fused = attention(q.clone(), one(&k), one(&v), &spec);
+    assert_close(&fused, &attention(plain(&q), plain(&one(&k)), plain(&one(&v)), &spec), 2e-5);
+}

@@ -1,0 +1,219 @@
+//! EfficientNet-Lite (Tan and Le 2019, without squeeze-and-excitation and with ReLU6).
+//!
+//! Each block expands channels (1x1), filters them one by one (depthwise k x k) and projects back (1x1), all followed by batch
+//! normalization; padding follows TensorFlow's "same" rule, which is not symmetric for stride 2. Depths and widths are read off
+//! the tensors, so Lite 0 to 4 need no config.
+
+use burn::module::{Module, Param};
+use burn::tensor::module::conv2d;
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{Device, Tensor, TensorData};
+use refit_store::artifact::Artifact;
+
+use crate::error::{Error, Result};
+use crate::operator::Linear;
+use crate::ops::Activation;
+use crate::run::Run;
+
+/// Stride of the first block of each stage; a stage begins where the output width changes.
+const STAGE_STRIDES: [usize; 7] = [1, 2, 2, 2, 1, 2, 1];
+/// Added to the variance of batch normalization in the published weights.
+const EPS: f32 = 1e-3;
+
+/// A convolution without bias and the batch normalization after it, at inference.
+#[derive(Module, Debug)]
+pub struct ConvNorm {
+    /// Name of the site.
+    #[module(skip)]
+    pub site: String,
+    /// Kernel `[out, in / groups, k, k]`.
+    pub weight: Param<Tensor<4>>,
+    /// `gamma / sqrt(var + eps)`, `[out]`.
+    pub scale: Param<Tensor<1>>,
+    /// `beta - mean * scale`, `[out]`.
+    pub shift: Param<Tensor<1>>,
+    /// Step of the kernel.
+    pub stride: usize,
+    /// Channel groups; equal to the channels for a depthwise convolution.
+    pub groups: usize,
+}
+
+/// One inverted bottleneck.
+#[derive(Module, Debug)]
+pub struct Bottleneck {
+    /// 1x1 expansion; the first block has none.
+    pub expand: Option<ConvNorm>,
+    /// Depthwise convolution.
+    pub depthwise: ConvNorm,
+    /// 1x1 projection, not followed by a nonlinearity.
+    pub project: ConvNorm,
+}
+
+/// The whole classifier.
+#[derive(Module, Debug)]
+pub struct EfficientNetLite {
+    /// First convolution, stride 2.
+    pub stem: ConvNorm,
+    /// Bottlenecks, in order.
+    pub blocks: Vec<Bottleneck>,
+    /// Last 1x1 convolution.
+    pub head: ConvNorm,
+    /// Class logits.
+    pub classifier: Linear,
+}
+
+struct Reader<'a> {
+    artifact: &'a Artifact,
+    device: &'a Device,
+}
+
+impl Reader<'_> {
+    fn shape(&self, name: &str) -> Result<&[usize]> {
+        let info = self.artifact.tensor(name).map_err(|_| Error::Missing { name: name.into() })?;
+        Ok(&info.shape)
+    }
+
+    fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>> {
+        let shape = self.shape(name)?;
+        if shape != [width] {
+            return Err(Error::Shape {
+                name: name.into(),
+                found: shape.to_vec(),
+                expected: vec![width],
+            });
+        }
+        Ok(self.artifact.read_f32(name)?)
+    }
+
+    fn conv(&self, site: &str, norm: &str, stride: usize) -> Result<ConvNorm> {
+        let name = format!("{site}.weight");
+        let &[out, inner, height, width] = self.shape(&name)? else {
+            return Err(Error::Shape {
+                name: name.clone(),
+                found: self.shape(&name)?.to_vec(),
+                expected: vec![0; 4],
+            });
+        };
+        let depthwise = inner == 1 && site.contains("depthwise");
+        let values = self.artifact.read_f32(&name)?;
+        let [gamma, beta, mean, var] = ["weight", "bias", "running_mean", "running_var"];
+        let vector = |part: &str| self.vector(&format!("{norm}.{part}"), out);
+        let scale: Vec<f32> =
+            vector(gamma)?.iter().zip(vector(var)?).map(|(g, v)| g / (v + EPS).sqrt()).collect();
+        let means = vector(mean)?;
+        let shift: Vec<f32> = vector(beta)?
+            .iter()
+            .zip(means)
+            .zip(&scale)
+            .map(|((beta, mean), scale)| beta - mean * scale)
+            .collect();
+        let param = |values: Vec<f32>| {
+            Param::from_tensor(Tensor::from_data(TensorData::new(values, [out]), self.device))
+        };
+        let weight =
+            Tensor::from_data(TensorData::new(values, [out, inner, height, width]), self.device);
+        Ok(ConvNorm {
+            site: site.into(),
+            weight: Param::from_tensor(weight),
+            scale: param(scale),
+            shift: param(shift),
+            stride,
+            groups: if depthwise { out } else { 1 },
+        })
+    }
+}
+
+impl ConvNorm {
+    /// `[batch, in, h, w]` to `[batch, out, ceil(h / stride), ceil(w / stride)]`.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let weight = self.weight.val();
+        let [_, _, height, width] = x.dims();
+        let kernel = weight.dims()[2];
+        let pad = |size: usize| {
+            let total =
+                ((size.div_ceil(self.stride) - 1) * self.stride + kernel).saturating_sub(size);
+            (total / 2, total - total / 2)
+        };
+        let ((top, bottom), (left, right)) = (pad(height), pad(width));
+        let (x, padding) = if top == bottom && left == right {
+            (x, [top, left])
+        } else {
+            (x.pad((left, right, top, bottom), 0.0), [0, 0])
+        };
+        let options = ConvOptions::new([self.stride; 2], padding, [1, 1], self.groups);
+        let y = conv2d(x, weight, None, options);
+        let channels = self.scale.val().dims()[0];
+        y * self.scale.val().reshape([1, channels, 1, 1])
+            + self.shift.val().reshape([1, channels, 1, 1])
+    }
+}
+
+impl EfficientNetLite {
+    /// Loads the weights; names are those of the published PyTorch checkpoints (`_blocks.3._expand_conv.weight`).
+    ///
+    /// # Errors
+    /// Missing or mis-shaped tensors.
+    pub fn load(artifact: &Artifact, device: &Device) -> Result<Self> {
+        let reader = Reader { artifact, device };
+        let mut blocks = Vec::new();
+        let (mut stage, mut width) = (0usize, None);
+        while reader.shape(&format!("_blocks.{}._depthwise_conv.weight", blocks.len())).is_ok() {
+            let at = |part: &str| format!("_blocks.{}.{part}", blocks.len());
+            let out = reader.shape(&at("_project_conv.weight"))?.first().copied();
+            let new_stage = out != width;
+            if new_stage && width.is_some() {
+                stage += 1;
+            }
+            width = out;
+            let stride = if new_stage { STAGE_STRIDES.get(stage).copied().unwrap_or(1) } else { 1 };
+            let expand = match reader.shape(&at("_expand_conv.weight")) {
+                Ok(_) => Some(reader.conv(&at("_expand_conv"), &at("_bn0"), 1)?),
+                Err(_) => None,
+            };
+            let depthwise = reader.conv(&at("_depthwise_conv"), &at("_bn1"), stride)?;
+            let project = reader.conv(&at("_project_conv"), &at("_bn2"), 1)?;
+            blocks.push(Bottleneck { expand, depthwise, project });
+        }
+        let &[classes, features] = reader.shape("_fc.weight")? else {
+            let found = reader.shape("_fc.weight")?.to_vec();
+            return Err(Error::Shape {
+                name: "_fc.weight".into(),
+                found,
+                expected: vec![1000, 1280],
+            });
+        };
+        let weight = TensorData::new(artifact.read_f32("_fc.weight")?, [classes, features]);
+        let bias = TensorData::new(reader.vector("_fc.bias", classes)?, [classes]);
+        Ok(Self {
+            stem: reader.conv("_conv_stem", "_bn0", 2)?,
+            blocks,
+            head: reader.conv("_conv_head", "_bn1", 1)?,
+            classifier: Linear::dense(
+                "_fc",
+                Tensor::from_data(weight, device),
+                Some(Tensor::from_data(bias, device)),
+            ),
+        })
+    }
+
+    /// Images `[batch, 3, height, width]` to logits `[batch, classes]`.
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let relu6 = |x| Activation::Relu6.apply(x);
+        let mut x = relu6(self.stem.forward(images));
+        for block in &self.blocks {
+            let expanded = match &block.expand {
+                Some(expand) => relu6(expand.forward(x.clone())),
+                None => x.clone(),
+            };
+            let y = block.project.forward(relu6(block.depthwise.forward(expanded)));
+            x = if y.dims() == x.dims() { x + y } else { y };
+        }
+        let x = relu6(self.head.forward(x));
+        let [batch, channels, height, width] = x.dims();
+        let pooled =
+            x.reshape([batch, channels, height * width]).mean_dim(2).reshape([batch, 1, channels]);
+        let logits = self.classifier.forward(pooled, &mut Run::plain());
+        let classes = logits.dims()[2];
+        logits.reshape([batch, classes])
+    }
+}
