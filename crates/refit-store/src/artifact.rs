@@ -1,13 +1,28 @@
 //! Artifacts: models on disk, opened by reading headers only.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use bytes::Bytes;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use crate::architecture::{self, Architecture, LoadReport, Resolved};
+use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::formats::gguf;
+use crate::hash;
+use crate::layout::{self, Layout};
+use crate::storage::{Entry, Source, View};
+
+/// Elements that one thread decodes at a time: whole blocks of every type.
+const PARALLEL_ELEMENTS: usize = 1 << 18;
 
 /// File format of an artifact's weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// `.safetensors`, single or sharded.
     Safetensors,
@@ -74,5 +89,261 @@ impl SideFile {
                 std::fs::read(path).map_err(|error| Error::io(path, "read", error))
             }
         }
+    }
+}
+
+/// Digest of one file.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FileHash {
+    /// Path below the artifact's directory, with `/`.
+    pub name: String,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// SHA-256, lower-case hexadecimal.
+    pub sha256: String,
+}
+
+/// A model on disk.
+#[derive(Debug)]
+pub struct Artifact {
+    path: PathBuf,
+    format: Format,
+    config: Config,
+    entries: Vec<Entry>,
+    infos: Vec<TensorInfo>,
+    index: HashMap<String, usize>,
+    gguf: Option<Box<gguf::Header>>,
+    on_disk: Vec<SideFile>,
+    resolved: OnceLock<Resolved>,
+    side_files: OnceLock<Vec<SideFile>>,
+}
+
+impl Artifact {
+    /// Opens a directory in Hugging Face layout, a `.safetensors`, a `.gguf`, or a `.pth`/`.pt`/`.bin`
+    /// file. Reads and checks headers only; every malformed header is an error that names file and tensor.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let Layout { format, mut entries, config, gguf, side_files } = layout::open(path)?;
+        entries.sort_by(|a, b| a.info.name.cmp(&b.info.name));
+        let infos: Vec<TensorInfo> = entries.iter().map(|entry| entry.info.clone()).collect();
+        let index = infos.iter().enumerate().map(|(at, info)| (info.name.clone(), at)).collect();
+        Ok(Self {
+            path: path.to_owned(),
+            format,
+            config,
+            entries,
+            infos,
+            index,
+            gguf,
+            on_disk: side_files,
+            resolved: OnceLock::new(),
+            side_files: OnceLock::new(),
+        })
+    }
+
+    /// The path that was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Format of the weight files.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// `config.json`, or the same keys rebuilt from GGUF; empty for a bare weight file.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// GGUF's own metadata, where the weights are a GGUF file.
+    pub fn gguf(&self) -> Option<&gguf::Header> {
+        self.gguf.as_deref()
+    }
+
+    /// Roles of the tensors: by `model_type`, or inferred and marked so.
+    pub fn architecture(&self) -> &Architecture {
+        &self.resolved().architecture
+    }
+
+    /// What of the tensors does not fit the configuration.
+    pub fn load_report(&self) -> &LoadReport {
+        &self.resolved().report
+    }
+
+    fn resolved(&self) -> &Resolved {
+        self.resolved.get_or_init(|| {
+            let tensors = self.infos.iter().map(|info| (&*info.name, &*info.shape));
+            architecture::resolve(self.config.raw(), tensors)
+        })
+    }
+
+    /// Every tensor, sorted by name. GGUF's names and row orders are translated to Hugging Face's.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.infos
+    }
+
+    /// One tensor; the error suggests the nearest names.
+    pub fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        self.entry(name).map(|entry| &entry.info)
+    }
+
+    /// True if there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.index.get(name).map(|&at| &self.entries[at]).ok_or_else(|| Error::NoSuchTensor {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            nearest: nearest(name, self.infos.iter().map(|info| &*info.name)),
+        })
+    }
+
+    /// A whole tensor, decoded, row-major. Large tensors are decoded by all threads.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; self.tensor(name)?.numel()];
+        self.read_f32_into(name, 0, &mut values)?;
+        Ok(values)
+    }
+
+    /// Elements `start..start + out.len()`, decoded. Reads by position: no page stays resident.
+    pub fn read_f32_into(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
+        let entry = self.entry(name)?;
+        if out.len() < 2 * PARALLEL_ELEMENTS || matches!(entry.view, View::Transposed { .. }) {
+            return entry.read_f32(start, out);
+        }
+        let chunks = out.par_chunks_mut(PARALLEL_ELEMENTS).enumerate();
+        chunks.try_for_each(|(at, chunk)| {
+            entry.read_f32(start.saturating_add(at * PARALLEL_ELEMENTS), chunk)
+        })
+    }
+
+    /// Stored bytes `byte_start..`, in the order of [`TensorInfo::shape`] and its element type.
+    pub fn read_raw_into(&self, name: &str, byte_start: u64, out: &mut [u8]) -> Result<()> {
+        self.entry(name)?.read_raw(byte_start, out)
+    }
+
+    /// The stored bytes without copying: a view of the mapped file, aligned to the element type. `None`
+    /// where the tensor is not stored in its logical order, is not aligned, or cannot be mapped.
+    pub fn shared_bytes(&self, name: &str) -> Option<Bytes> {
+        struct Mapped {
+            source: Arc<Source>,
+            start: usize,
+            end: usize,
+        }
+        impl AsRef<[u8]> for Mapped {
+            fn as_ref(&self) -> &[u8] {
+                let map = self.source.map().expect("invariant: mapped before the view was made");
+                &map[self.start..self.end]
+            }
+        }
+        let entry = self.entry(name).ok()?;
+        if entry.view != View::Plain {
+            return None;
+        }
+        let start = usize::try_from(entry.offset).ok()?;
+        let end = start.checked_add(usize::try_from(entry.info.nbytes).ok()?)?;
+        let bytes = entry.source.map()?.get(start..end)?;
+        let aligned = (bytes.as_ptr() as usize).is_multiple_of(entry.info.dtype.alignment());
+        aligned.then(|| Bytes::from_owner(Mapped { source: entry.source.clone(), start, end }))
+    }
+
+    /// Files that travel with the weights: those on disk, and for a GGUF file the ones rebuilt from it.
+    pub fn side_files(&self) -> &[SideFile] {
+        self.side_files.get_or_init(|| {
+            let mut files = self.on_disk.clone();
+            let mut add = |file: SideFile| {
+                if files.iter().all(|present| present.name != file.name) {
+                    files.push(file);
+                }
+            };
+            if self.gguf.is_some() {
+                add(SideFile::from_bytes("config.json", self.config.to_json()));
+            }
+            files
+        })
+    }
+
+    /// SHA-256 over (name, element type, shape, stored bytes) of every tensor in name order: the same for the
+    /// same weights, however they are sharded.
+    pub fn content_hash(&self) -> Result<String> {
+        let mut digest = Sha256::new();
+        let mut buffer = Vec::new();
+        for entry in &self.entries {
+            let info = &entry.info;
+            for part in [&info.name, &info.dtype.to_string(), &format!("{:?}", info.shape)] {
+                digest.update((part.len() as u64).to_le_bytes());
+                digest.update(part);
+            }
+            let mut at = 0;
+            while at < info.nbytes {
+                let len = (info.nbytes - at).min(1 << 20);
+                buffer.resize(len as usize, 0);
+                entry.read_raw(at, &mut buffer)?;
+                digest.update(&buffer);
+                at += len;
+            }
+        }
+        Ok(hash::format(&digest.finalize()))
+    }
+
+    /// Digest of every file on disk that belongs to the artifact, sorted by name.
+    pub fn file_hashes(&self) -> Result<Vec<FileHash>> {
+        let base =
+            if self.path.is_dir() { &*self.path } else { self.path.parent().unwrap_or(&self.path) };
+        let mut paths: Vec<PathBuf> =
+            self.entries.iter().map(|entry| entry.source.path.clone()).collect();
+        paths.extend(self.on_disk.iter().filter_map(|file| match &file.content {
+            SideContent::File(path) => Some(path.clone()),
+            SideContent::Bytes(_) => None,
+        }));
+        if self.entries.is_empty() && self.path.is_file() {
+            paths.push(self.path.clone());
+        }
+        paths.sort();
+        paths.dedup();
+        paths.par_iter().map(|path| hash_file(base, path)).collect()
+    }
+}
+
+/// SHA-256 of a file, named relative to `base`.
+pub(crate) fn hash_file(base: &Path, path: &Path) -> Result<FileHash> {
+    let source = Source::open(path)?;
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; source.len.min(1 << 20) as usize];
+    let mut at = 0;
+    while at < source.len {
+        let len = (source.len - at).min(buffer.len() as u64) as usize;
+        source.read_at(&mut buffer[..len], at)?;
+        digest.update(&buffer[..len]);
+        at += len as u64;
+    }
+    let name = path.strip_prefix(base).unwrap_or(path).to_string_lossy().replace('\\', "/");
+    Ok(FileHash { name, bytes: source.len, sha256: hash::format(&digest.finalize()) })
+}
+
+/// Up to three candidates within a third of the name's length in edits, nearest first.
+pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let limit = (name.len() / 3).max(2);
+    let mut scored: Vec<(usize, &str)> = candidates
+        .filter(|candidate| candidate.len().abs_diff(name.len()) <= limit)
+        .map(|candidate| (strsim::levenshtein(name, candidate), candidate))
+        .filter(|(distance, _)| *distance <= limit)
+        .collect();
+    scored.sort();
+    scored.into_iter().take(3).map(|(_, candidate)| candidate.to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_names_are_suggested() {
+        let names = ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"];
+        assert_eq!(nearest("model.nrom.weight", names.into_iter()), ["model.norm.weight"]);
+        assert!(nearest("zzz", names.into_iter()).is_empty());
     }
 }

@@ -1,18 +1,30 @@
 //! Artifacts on disk: formats, architectures, sources, lineage, cards, scan.
 //!
-//! `Artifact::open` reads headers only; tensors are read when asked for, by position, so that no
+//! [`Artifact::open`] reads headers only; tensors are read when asked for, by position, so that no
 //! page of a large file stays in memory. [`writer`] is the one way to write a model.
 
 pub mod architecture;
 pub mod artifact;
+pub mod card;
 pub mod config;
+pub mod convert;
 pub mod dtype;
 pub mod error;
 pub mod formats;
+pub mod hash;
+pub mod lineage;
+mod layout;
+mod storage;
+pub mod scan;
+pub mod source;
 pub mod writer;
+pub mod yaml;
 
-pub use artifact::{Format, SideContent, SideFile, TensorInfo};
+pub use architecture::Architecture;
+pub use artifact::{Artifact, FileHash, Format, SideContent, SideFile, TensorInfo};
+pub use card::Card;
 pub use config::Config;
 pub use dtype::{DType, GgmlType};
 pub use error::{Error, Result, ShardFault, TensorFault};
+pub use lineage::Lineage;
 pub use writer::{TensorSpec, WritePlan};

@@ -1,3 +1,4 @@
 //! One module per file format; each turns a file into tensor entries and nothing more.
 
 pub mod gguf;
+pub mod safetensors;
