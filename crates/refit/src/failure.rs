@@ -1,0 +1,105 @@
+//! What can end a command early, and the exit code that says so.
+
+use std::fmt;
+use std::path::Path;
+
+/// Result of every verb.
+pub type Result<T = (), E = Failure> = std::result::Result<T, E>;
+
+/// Exit codes: a promise to scripts, printed by `refit --help`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// Everything asked for was done, and every check held.
+    Ok = 0,
+    /// The work was done and the answer is no: a check failed, a claim is not shown.
+    No = 1,
+    /// The command line or an input is wrong; nothing was written.
+    Usage = 2,
+    /// The system failed: a file, the disk, memory, the network.
+    System = 3,
+    /// Interrupted; the same command resumes.
+    Interrupted = 4,
+}
+
+/// An error with its exit code, ready to be shown.
+#[derive(Debug)]
+pub struct Failure {
+    /// How the process ends.
+    pub code: Code,
+    /// What is wrong, where, what was expected and what to do.
+    pub message: String,
+}
+
+impl Failure {
+    /// Something the user can mend.
+    pub fn usage(message: impl Into<String>) -> Self {
+        Self { code: Code::Usage, message: message.into() }
+    }
+
+    /// Something the system refused.
+    pub fn system(message: impl Into<String>) -> Self {
+        Self { code: Code::System, message: message.into() }
+    }
+
+    /// A failed operation on a file.
+    pub fn io(path: &Path, action: &str, source: &std::io::Error) -> Self {
+        Self::system(format!("{}: cannot {action}: {source}", path.display()))
+    }
+
+    /// The same failure, with the place it happened in front.
+    pub fn within(self, place: impl fmt::Display) -> Self {
+        Self { message: format!("{place}: {}", self.message), ..self }
+    }
+
+    /// Wraps a library's error: exit code 3 when an I/O error is at its root, else 2.
+    pub fn from_error(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self { code: code_of(error), message: chain(error) }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+fn code_of(error: &(dyn std::error::Error + 'static)) -> Code {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            // A file that is not there is a wrong argument, not a failing system.
+            return match io.kind() {
+                std::io::ErrorKind::NotFound => Code::Usage,
+                _ => Code::System,
+            };
+        }
+        if let Some(refit_store::Error::DiskFull { .. } | refit_store::Error::Busy { .. }) =
+            error.downcast_ref::<refit_store::Error>()
+        {
+            return Code::System;
+        }
+        next = error.source();
+    }
+    Code::Usage
+}
+
+/// The message of an error, with those causes whose text it does not already contain.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut message = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if !message.contains(&text) {
+            message.push_str(": ");
+            message.push_str(&text);
+        }
+        next = cause.source();
+    }
+    message
+}
+
+impl From<refit_store::Error> for Failure {
+    fn from(error: refit_store::Error) -> Self {
+        Self::from_error(&error)
+    }
+}

@@ -1,0 +1,149 @@
+//! Progress on standard error: bars on a terminal, plain lines elsewhere, nothing when quiet.
+
+use std::io::IsTerminal;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// A bar that redraws itself.
+    Bar,
+    /// A line when a stage begins and ends, and every ten seconds between.
+    Lines,
+    /// Nothing.
+    Quiet,
+}
+
+impl Style {
+    /// What suits this process: `--quiet` wins, then whether standard error is a terminal.
+    pub fn choose(quiet: bool) -> Self {
+        match (quiet, std::io::stderr().is_terminal()) {
+            (true, _) => Self::Quiet,
+            (false, true) => Self::Bar,
+            (false, false) => Self::Lines,
+        }
+    }
+}
+
+/// Shows the stages of a piece of work; shared between threads.
+#[derive(Debug)]
+pub struct Progress {
+    style: Style,
+    stage: Mutex<Option<Stage>>,
+}
+
+#[derive(Debug)]
+struct Stage {
+    name: String,
+    bar: ProgressBar,
+    began: Instant,
+    said: Instant,
+    bytes: bool,
+}
+
+/// Between two lines about the same stage.
+const EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    /// Progress in the given style.
+    pub fn new(style: Style) -> Self {
+        Self { style, stage: Mutex::new(None) }
+    }
+
+    /// A stage begins that counts to `total`; 0 when that is not known.
+    pub fn begin(&self, name: &str, total: u64, unit: &str) {
+        self.end();
+        if self.style == Style::Quiet {
+            return;
+        }
+        let bar = ProgressBar::with_draw_target((total > 0).then_some(total), self.target());
+        let bytes = unit == "bytes";
+        let count = if bytes { "{bytes}/{total_bytes} {bytes_per_sec}".to_owned() } else { format!("{{pos}}/{{len}} {unit}") };
+        let template = match total {
+            0 => "{prefix:28} {spinner} {elapsed}".to_owned(),
+            _ => format!("{{prefix:28}} {{bar:28.cyan/blue.dim}} {count} {{eta}}"),
+        };
+        if let Ok(style) = ProgressStyle::with_template(&template) {
+            bar.set_style(style.progress_chars("━╸─"));
+        }
+        bar.set_prefix(name.to_owned());
+        if self.style == Style::Bar {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        } else {
+            eprintln!("{name} ...");
+        }
+        let now = Instant::now();
+        *self.lock() = Some(Stage { name: name.to_owned(), bar, began: now, said: now, bytes });
+    }
+
+    /// `by` more are done.
+    pub fn advance(&self, by: u64) {
+        if let Some(stage) = self.lock().as_mut() {
+            stage.bar.inc(by);
+            if self.style == Style::Lines && stage.said.elapsed() >= EVERY {
+                stage.said = Instant::now();
+                let share = match stage.bar.length() {
+                    Some(total) if total > 0 => {
+                        format!(" {:.0} %", 100.0 * stage.bar.position() as f64 / total as f64)
+                    }
+                    _ if stage.bytes => {
+                        format!(" {}", crate::report::number::bytes(stage.bar.position()))
+                    }
+                    _ => format!(" {}", stage.bar.position()),
+                };
+                eprintln!("{} ...{share}", stage.name);
+            }
+        }
+    }
+
+    /// Sets how much is done, for sources that count for themselves.
+    pub fn set(&self, position: u64, total: Option<u64>) {
+        let by = match self.lock().as_ref() {
+            Some(stage) => {
+                if let Some(total) = total {
+                    stage.bar.set_length(total);
+                }
+                position.saturating_sub(stage.bar.position())
+            }
+            None => 0,
+        };
+        self.advance(by);
+    }
+
+    /// The stage is over.
+    pub fn end(&self) {
+        if let Some(stage) = self.lock().take() {
+            stage.bar.finish_and_clear();
+            let took = stage.began.elapsed();
+            if self.style == Style::Lines && took >= Duration::from_secs(2) {
+                eprintln!("{} done in {}", stage.name, crate::report::number::seconds(took.as_secs_f64()));
+            }
+        }
+    }
+
+    /// A line worth showing now.
+    pub fn note(&self, message: &str) {
+        if self.style == Style::Quiet {
+            return;
+        }
+        match self.lock().as_ref() {
+            Some(stage) if self.style == Style::Bar => stage.bar.suspend(|| eprintln!("{message}")),
+            _ => eprintln!("{message}"),
+        }
+    }
+
+    fn target(&self) -> ProgressDrawTarget {
+        match self.style {
+            Style::Bar => ProgressDrawTarget::stderr(),
+            _ => ProgressDrawTarget::hidden(),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Stage>> {
+        // A thread that panicked while showing progress left nothing half-done here.
+        self.stage.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,3 @@
+//! Recipes: YAML files of steps, run one after the other, resumable, with everything recorded.
+
+pub mod record;

@@ -1,0 +1,36 @@
+//! One file per verb: its arguments, its work, its answer.
+
+pub mod completions;
+pub mod doctor;
+pub mod report;
+
+use std::path::{Path, PathBuf};
+
+use crate::cli::App;
+use crate::failure::{Failure, Result};
+
+/// Where downloads are kept: `--cache`, else the user's cache directory.
+pub fn cache_dir(app: &App) -> Result<PathBuf> {
+    if let Some(dir) = &app.global.cache {
+        return Ok(dir.clone());
+    }
+    let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let base = var("XDG_CACHE_HOME").or_else(|| Some(var("HOME")?.join(".cache")));
+    base.map(|base| base.join("refit")).ok_or_else(|| {
+        Failure::usage("no cache directory: neither XDG_CACHE_HOME nor HOME is set; pass --cache DIR")
+    })
+}
+
+/// Writes a whole file under another name and renames it, so that no reader ever sees half of it.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    std::fs::write(&partial, bytes)
+        .and_then(|()| std::fs::rename(&partial, path))
+        .map_err(|source| {
+            // Best effort: the failure that is reported is the one that matters.
+            let _ = std::fs::remove_file(&partial);
+            Failure::io(path, "write", &source)
+        })
+}

@@ -1,0 +1,45 @@
+//! `refit report RUN`: draws the report of a run again from its `run.json`.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use crate::cli::App;
+use crate::failure::Result;
+use crate::output::Outcome;
+use crate::recipe::record::RunRecord;
+use crate::report::{self, Theme, number};
+
+/// Draw the HTML report of a run from its run.json
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Run directory, or a run.json
+    run: PathBuf,
+    /// Where the page goes [default: report.html beside run.json]
+    #[arg(long, short)]
+    out: Option<PathBuf>,
+    /// Fix the page's look instead of following the reader's system
+    #[arg(long, value_enum, default_value_t)]
+    theme: Theme,
+    /// Say what would be written, and write nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Renders and writes the page.
+pub fn run(_app: &App, args: Args) -> Result<Outcome> {
+    let record = RunRecord::read(&args.run)?;
+    let page = report::render(&record, args.theme);
+    let out = args.out.unwrap_or_else(|| {
+        let dir = if args.run.is_dir() { Some(args.run.as_path()) } else { args.run.parent() };
+        dir.map_or_else(|| PathBuf::from("report.html"), |dir| dir.join("report.html"))
+    });
+    let size = page.len() as u64;
+    if !args.dry_run {
+        super::write_atomically(&out, page.as_bytes())?;
+    }
+    let done = if args.dry_run { "would write" } else { "wrote" };
+    let text = format!("{done} {} ({})", out.display(), number::bytes(size));
+    let json = json!({"report": out, "bytes": size, "dry_run": args.dry_run});
+    Ok(Outcome::new(json, text))
+}
