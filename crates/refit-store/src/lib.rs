@@ -27,4 +27,4 @@ pub use config::Config;
 pub use dtype::{DType, GgmlType};
 pub use error::{Error, Result, ShardFault, TensorFault};
 pub use lineage::Lineage;
-pub use writer::{TensorSpec, WritePlan};
+pub use writer::{ArtifactWriter, TensorSpec, WritePlan};
