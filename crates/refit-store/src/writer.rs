@@ -129,6 +129,13 @@ impl ArtifactWriter {
         Ok(())
     }
 
+    /// Adds a file that goes beside the weights and became known on the way; it replaces a declared one of the same
+    /// name.
+    pub fn add_side_file(&mut self, file: SideFile) {
+        self.side_files.retain(|declared| declared.name != file.name);
+        self.side_files.push(file);
+    }
+
     /// Writes side files, lineage (with the hash of every file and tensor) and card, makes all of it durable, and
     /// renames the staging directory to the output. Returns the output's path.
     pub fn finish(self, mut lineage: Lineage, mut card: Card) -> Result<PathBuf> {
