@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::artifact::{Format, SideFile};
 use crate::config::{self, Config};
 use crate::error::{Error, Result, ShardFault, TensorFault};
-use crate::formats::{gguf, safetensors};
+use crate::formats::{gguf, safetensors, torch};
 use crate::storage::Entry;
 
 /// What lies at a path, before it becomes an [`Artifact`](crate::Artifact).
@@ -186,9 +186,7 @@ fn open_weights(path: &Path) -> Result<Opened> {
             let (entries, config, header) = gguf::open(path)?;
             (entries, config, Some(Box::new(header)))
         }
-        Format::Torch => {
-            return Err(not_an_artifact(path, "PyTorch files are not read by this build"));
-        }
+        Format::Torch => (torch::open(path)?, Config::default(), None),
     };
     check_unique(&entries)?;
     Ok((format, entries, config, header))
