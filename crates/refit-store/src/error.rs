@@ -83,6 +83,16 @@ pub enum Error {
         /// Which opcode or global was refused, or which rule is broken.
         reason: String,
     },
+    /// A source that cannot be parsed, found, reached or verified.
+    #[error("{spec}: {reason}; {help}")]
+    Source {
+        /// The source as the user gave it.
+        spec: String,
+        /// What went wrong.
+        reason: String,
+        /// What would work.
+        help: String,
+    },
     /// No tensor of this name.
     #[error("{path}: no tensor `{tensor}`{}", suggestion(nearest), path = path.display())]
     NoSuchTensor {
