@@ -259,11 +259,38 @@ impl Artifact {
                     files.push(file);
                 }
             };
-            if self.gguf.is_some() {
+            let Some(header) = &self.gguf else { return files };
+            if !self.config.is_empty() {
                 add(SideFile::from_bytes("config.json", self.config.to_json()));
+            }
+            // A tokenizer that cannot be rebuilt is left out here; `tokenizer_json` says why.
+            let tokenizer = gguf::tokenizer_json(header).ok().flatten();
+            let with_tokenizer = tokenizer.is_some();
+            let made = [
+                ("tokenizer.json", tokenizer),
+                (
+                    "tokenizer_config.json",
+                    gguf::tokenizer_config(header).filter(|_| with_tokenizer),
+                ),
+                ("generation_config.json", gguf::generation_config(header)),
+            ];
+            for (name, bytes) in made {
+                if let Some(bytes) = bytes {
+                    add(SideFile::from_bytes(name, bytes));
+                }
             }
             files
         })
+    }
+
+    /// `tokenizer.json`: the file, or built from GGUF's tokenizer keys. `None` where there is neither.
+    pub fn tokenizer_json(&self) -> Result<Option<Vec<u8>>> {
+        if let Some(file) = self.on_disk.iter().find(|file| file.name == "tokenizer.json") {
+            return file.read().map(Some);
+        }
+        let Some(header) = &self.gguf else { return Ok(None) };
+        gguf::tokenizer_json(header)
+            .map_err(|reason| Error::Tokenizer { path: self.path.clone(), reason })
     }
 
     /// SHA-256 over (name, element type, shape, stored bytes) of every tensor in name order: the same for the

@@ -3,6 +3,7 @@
 mod dequantize;
 mod header;
 mod names;
+mod tokenizer;
 mod translate;
 mod types;
 
@@ -10,6 +11,7 @@ use std::path::Path;
 
 pub use dequantize::dequantize;
 pub use header::{Header, Numbers, Strings, Tensor, Value, parse};
+pub(crate) use tokenizer::{generation_config, tokenizer_config, tokenizer_json};
 pub use types::GgmlType;
 
 use crate::config::Config;
