@@ -25,8 +25,8 @@ VOCAB, CONTEXT, END = 3072, 512, "<|endoftext|>"
 BATCH_TOKENS, PEAK, WARMUP, DECAY = 2048, 0.02, 60, 0.02
 
 
-def documents(root, corpus, split):
-    with open(root / f"{corpus}.{split}.jsonl", encoding="utf-8") as file:
+def documents(root, corpus):
+    with open(root / f"{corpus}.train.jsonl", encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
 
 
@@ -43,6 +43,14 @@ def train_tokenizer(texts):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
     )
+
+
+def save_tokenizer(tokenizer, directory):
+    """The class name that every version of transformers knows, instead of the newest one's own."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k != "backend"}
+    path.write_text(json.dumps({**config, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def new_model():
@@ -141,13 +149,13 @@ def train(model, ids, steps, seed):
 
 
 @torch.no_grad()
-def evaluate(directory, root, window=256):
-    """Per-token perplexity of the written model on the held-out documents, as `refit eval --window 256` defines it."""
+def evaluate(directory, texts, window=256):
+    """Per-token perplexity of the written model on held-out text, as `refit eval --window 256` defines it."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     found = {}
     for corpus in CORPORA:
-        text = (root / f"{corpus}.eval.txt").read_text(encoding="utf-8")
+        text = (texts / f"{corpus}.eval.txt").read_text(encoding="utf-8")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         chunks = [ids[i : i + window] for i in range(0, len(ids), window)]
         chunks = [c for c in chunks if len(c) > 1]
@@ -160,6 +168,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpora", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--text", type=Path, default=Path("assets/text"), help="where kjv.eval.txt, man.eval.txt and wordnet.eval.txt lie")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -168,7 +177,7 @@ def main():
     torch.set_num_threads(args.threads)
     if not args.evaluate:
         torch.manual_seed(args.seed)
-        texts = {c: documents(args.corpora, c, "train") for c in CORPORA}
+        texts = {c: documents(args.corpora, c) for c in CORPORA}
         tokenizer = train_tokenizer(text for part in texts.values() for text in part)
         every = [text + END for part in texts.values() for text in part]
         np.random.default_rng(args.seed).shuffle(every)
@@ -177,8 +186,8 @@ def main():
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(ids):,} training tokens", flush=True)
         train(model, ids, args.steps, args.seed)
         model.bfloat16().save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
-    print(json.dumps(evaluate(args.out, args.corpora), indent=1))
+        save_tokenizer(tokenizer, args.out)
+    print(json.dumps(evaluate(args.out, args.text), indent=1))
 
 
 if __name__ == "__main__":
