@@ -1,0 +1,193 @@
+//! Writing an artifact the way every method does: declared by the plan, resumable, with lineage and
+//! card.
+
+use std::path::PathBuf;
+
+use rayon::prelude::*;
+use refit_store::architecture::{Layout, Site};
+use refit_store::card::Relation;
+use refit_store::lineage::{DataUse, Parent};
+use refit_store::writer::ArtifactWriter;
+use refit_store::{Card, DType, Lineage, SideFile, TensorSpec, WritePlan};
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::inputs::Inputs;
+use crate::method::{Context, Plan};
+use crate::rewrite::transpose;
+
+/// Files above this size become shards, as Hugging Face writes them.
+const SHARD: u64 = 5_000_000_000;
+
+/// An output under way.
+pub struct Emitter {
+    writer: ArtifactWriter,
+    parents: Vec<Parent>,
+}
+
+impl Emitter {
+    /// Declares everything that a plan lists. The first model's configuration, tokenizer and other
+    /// side files go along untouched.
+    ///
+    /// # Errors
+    /// No output path, an output that exists, a directory that cannot be written.
+    pub fn begin(inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Self> {
+        let parents = inputs
+            .models
+            .par_iter()
+            .map(|model| {
+                let manifest = Lineage::read(model.artifact.path())?;
+                Ok(Parent {
+                    source: model.source.clone(),
+                    name: name_of(&model.source),
+                    content: model.artifact.content_hash()?,
+                    manifest: manifest.map(|manifest| manifest.manifest_hash()),
+                    part: Some(if inputs.models.len() > 1 { "ingredient" } else { "base" }.into()),
+                })
+            })
+            .collect::<Result<Vec<Parent>>>()?;
+        Self::open(inputs, plan, cx, parents)
+    }
+
+    /// The same for an output that is thrown away: its parents are not hashed.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn scratch(inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Self> {
+        Self::open(inputs, plan, cx, Vec::new())
+    }
+
+    fn open(inputs: &Inputs, plan: &Plan, cx: &Context, parents: Vec<Parent>) -> Result<Self> {
+        let out = cx.out()?;
+        let tensors = plan
+            .tensors
+            .iter()
+            .map(|tensor| TensorSpec {
+                name: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                dtype: DType::from_safetensors(&tensor.dtype)
+                    .expect("invariant: plans name types that safetensors has"),
+            })
+            .collect();
+        let texts: Vec<String> =
+            inputs.text.iter().map(|text| refit_store::hash::hex(text.text.as_bytes())).collect();
+        let contents: Vec<&str> = parents.iter().map(|parent| parent.content.as_str()).collect();
+        let identity = json!({
+            "refit": env!("CARGO_PKG_VERSION"),
+            "method": plan.method,
+            "parameters": plan.parameters,
+            "parents": contents,
+            "texts": texts,
+            "seed": cx.seed,
+        });
+        let write = WritePlan {
+            tensors,
+            max_shard_bytes: Some(SHARD),
+            side_files: inputs.models[0].artifact.side_files().to_vec(),
+            identity: refit_store::hash::hex(identity.to_string().as_bytes()),
+            force: cx.force,
+        };
+        Ok(Self { writer: ArtifactWriter::create(out, write)?, parents })
+    }
+
+    /// Whether an earlier, interrupted run finished this tensor.
+    pub fn is_done(&self, tensor: &str) -> bool {
+        self.writer.is_done(tensor)
+    }
+
+    /// Writes values from element `start` on, encoded as declared.
+    ///
+    /// # Errors
+    /// Values that the declared type cannot hold, and whatever the disk refuses.
+    pub fn write_f32(&self, tensor: &str, start: usize, values: &[f32]) -> Result<()> {
+        Ok(self.writer.write_f32(tensor, start, values)?)
+    }
+
+    /// Writes stored bytes from `start` on.
+    ///
+    /// # Errors
+    /// Whatever the disk refuses.
+    pub fn write_raw(&self, tensor: &str, start: u64, bytes: &[u8]) -> Result<()> {
+        Ok(self.writer.write_raw(tensor, start, bytes)?)
+    }
+
+    /// Marks a tensor as finished.
+    ///
+    /// # Errors
+    /// Whatever the disk refuses.
+    pub fn done(&self, tensor: &str) -> Result<()> {
+        Ok(self.writer.done(tensor)?)
+    }
+
+    /// Writes a whole matrix given as `[out, in]` in its site's own layout, and finishes it.
+    ///
+    /// # Errors
+    /// As [`write_f32`](Self::write_f32).
+    pub fn write_matrix(&self, site: &Site, weights: Vec<f32>) -> Result<()> {
+        let weights = match (site.layout, site.out_in()) {
+            (Layout::InOut, Some((out, inputs))) => transpose(&weights, out, inputs),
+            _ => weights,
+        };
+        self.write_f32(&site.name, 0, &weights)?;
+        self.done(&site.name)
+    }
+
+    /// Adds side files, lineage and card, and gives the output its name.
+    ///
+    /// # Errors
+    /// Whatever the disk refuses.
+    pub fn finish(
+        mut self,
+        inputs: &Inputs,
+        plan: &Plan,
+        cx: &Context,
+        side_files: Vec<SideFile>,
+        report: &Value,
+    ) -> Result<PathBuf> {
+        for file in side_files {
+            self.writer.add_side_file(file);
+        }
+        let mut lineage = Lineage::new(plan.method.clone(), plan.parameters.clone());
+        lineage.parents = self.parents;
+        lineage.seeds = vec![cx.seed];
+        lineage.data = inputs
+            .text
+            .iter()
+            .map(|text| DataUse {
+                name: name_of(&text.source),
+                sha256: refit_store::hash::hex(text.text.as_bytes()),
+                purpose: "calibration".into(),
+                size: Some(format!("{} bytes of text", text.text.len())),
+                license: None,
+            })
+            .collect();
+        let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
+        let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
+        card.relation = Some(match crate::registry::get(&plan.method)?.info.family {
+            crate::method::Family::Quantize => Relation::Quantized,
+            crate::method::Family::Prune => Relation::Pruned,
+            crate::method::Family::Merge => Relation::Merge,
+        });
+        card.checks.extend(checks(report));
+        Ok(self.writer.finish(lineage, card)?)
+    }
+}
+
+/// One line per number of a report that a reader of the card would ask for.
+fn checks(report: &Value) -> Vec<String> {
+    ["bits_per_weight", "packed_bytes", "sparsity", "ingredients"]
+        .iter()
+        .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))
+        .collect()
+}
+
+/// The last part of a path or source string: a name that does not depend on where things lie.
+fn name_of(source: &str) -> String {
+    let trimmed = source.trim_end_matches('/');
+    trimmed.rsplit('/').next().unwrap_or(trimmed).to_owned()
+}
+
+/// An error for an output that methods cannot describe.
+pub(crate) fn serialize(what: &'static str, value: &impl serde::Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(value).map_err(|source| Error::Parameters { method: what, source })
+}

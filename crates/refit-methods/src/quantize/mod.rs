@@ -1,0 +1,27 @@
+//! Fewer bits per weight.
+//!
+//! Three layers, each ignorant of the next:
+//!
+//! - [`grid`]: what values a weight may take. A [`grid::Grid`] is fitted to the weights of one group
+//!   (consecutive inputs of one output row), encodes them to integers and decodes them again, with
+//!   its scales rounded as they will be stored, and knows its own price in bits.
+//! - [`chain`]: which group sizes a row allows, each dividing the next.
+//! - the methods: which grid each matrix gets, and in which order its columns are rounded.
+//!
+//! A method here writes the *decoded* weights in an ordinary model directory, so that every tool
+//! can run the result, and records bits and group sizes in `refit.quantization.json`, so that the
+//! bytes which a packed file would take are known.
+
+pub mod chain;
+pub mod finequant;
+pub mod gptq;
+pub mod grid;
+pub mod options;
+pub mod record;
+pub mod rtn;
+
+use crate::registry::Entry;
+
+/// The methods of this family.
+pub const METHODS: &[Entry] =
+    &[Entry::of::<rtn::Rtn>(), Entry::of::<finequant::FineQuant>(), Entry::of::<gptq::Gptq>()];

@@ -1,0 +1,153 @@
+//! What a quantizer did to each matrix, saved as `refit.quantization.json` beside the weights: the
+//! weights themselves are written decoded, so that every tool can run them, and this file says what a
+//! packed file would hold.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use refit_store::{DType, SideFile};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::emit::serialize;
+use crate::error::Result;
+use crate::inputs::ModelInput;
+use crate::quantize::grid::Grid;
+
+/// Name of the file.
+pub const FILE_NAME: &str = "refit.quantization.json";
+
+/// What happened to one matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QuantizedTensor {
+    /// Bits per code.
+    pub bits: u8,
+    /// Whether there is no zero point.
+    pub symmetric: bool,
+    /// Consecutive inputs that share a scale.
+    pub group: usize,
+    /// Everything counted.
+    pub bits_per_weight: f64,
+    /// Bytes of codes, scales and zero points.
+    pub packed_bytes: u64,
+    /// `||W - W_hat||^2 / ||W||^2`.
+    pub relative_error: f64,
+}
+
+/// Collects what happened to every matrix, from any thread.
+#[derive(Debug, Default)]
+pub struct Record {
+    tensors: Mutex<BTreeMap<String, (u64, QuantizedTensor)>>,
+}
+
+impl Record {
+    /// Adds a matrix: what it was and what it became, `[out, inputs]` each.
+    pub fn add(
+        &self,
+        tensor: &str,
+        grid: &Grid,
+        inputs: usize,
+        group: usize,
+        before: &[f32],
+        after: &[f32],
+    ) {
+        let rows = before.len() / inputs.max(1);
+        let square = |w: f32| f64::from(w) * f64::from(w);
+        let norm: f64 = before.iter().map(|w| square(*w)).sum();
+        let error: f64 = before.iter().zip(after).map(|(a, b)| square(a - b)).sum();
+        let entry = QuantizedTensor {
+            bits: grid.bits,
+            symmetric: grid.symmetric,
+            group,
+            bits_per_weight: grid.bits_per_weight(group),
+            packed_bytes: grid.packed_bytes(rows, inputs, group),
+            relative_error: if norm > 0.0 { error / norm } else { 0.0 },
+        };
+        let mut tensors = self.tensors.lock().expect("invariant: no thread panics while adding");
+        tensors.insert(tensor.to_owned(), (before.len() as u64, entry));
+    }
+
+    /// What was collected, leaving nothing.
+    pub fn take(&self) -> Self {
+        let mut tensors = self.tensors.lock().expect("invariant: no thread panics while adding");
+        Self { tensors: Mutex::new(std::mem::take(&mut *tensors)) }
+    }
+
+    /// The file and the report. Tensors that were not quantized count with the bytes of the source.
+    ///
+    /// # Errors
+    /// None in practice: plain data always serializes.
+    pub fn finish(self, model: &ModelInput) -> Result<(Vec<SideFile>, Value)> {
+        let tensors = self.tensors.into_inner().expect("invariant: no thread panics while adding");
+        let weights: u64 = tensors.values().map(|(count, _)| count).sum();
+        let packed: u64 = tensors.values().map(|(_, entry)| entry.packed_bytes).sum();
+        let others: u64 = model
+            .artifact
+            .tensors()
+            .iter()
+            .filter(|info| !tensors.contains_key(&info.name))
+            .map(|info| info.nbytes)
+            .sum();
+        let weighted = |pick: fn(&QuantizedTensor) -> f64| {
+            tensors.values().map(|(count, entry)| *count as f64 * pick(entry)).sum::<f64>()
+                / weights.max(1) as f64
+        };
+        let mean_error = tensors.values().map(|(_, entry)| entry.relative_error).sum::<f64>()
+            / tensors.len().max(1) as f64;
+        let mut groups: BTreeMap<usize, u64> = BTreeMap::new();
+        for (_, entry) in tensors.values() {
+            *groups.entry(entry.group).or_default() += 1;
+        }
+        let groups: serde_json::Map<String, Value> =
+            groups.into_iter().map(|(group, count)| (group.to_string(), json!(count))).collect();
+        let summary = json!({
+            "quantized_tensors": tensors.len(),
+            "quantized_weights": weights,
+            "bits_per_weight": weighted(|entry| entry.bits_per_weight),
+            "packed_bytes": packed + others,
+            "packed_bytes_quantized": packed,
+            "mean_relative_error": mean_error,
+            "tensors_by_group": groups,
+        });
+        let entries: BTreeMap<&String, &QuantizedTensor> =
+            tensors.iter().map(|(name, (_, entry))| (name, entry)).collect();
+        let file = json!({ "version": 1, "summary": summary, "tensors": entries });
+        let bytes = serialize("quantization record", &file)?;
+        Ok((vec![SideFile::from_bytes(FILE_NAME, bytes)], summary))
+    }
+}
+
+/// Warns when the source's weights already lie on a grid like the one asked for, which would make any
+/// comparison void.
+pub fn grid_warnings(model: &ModelInput, grid: &Grid, group: Option<usize>) -> Vec<String> {
+    let mut types: BTreeMap<String, usize> = BTreeMap::new();
+    for site in model.artifact.architecture().linears() {
+        if let Ok(info) = model.artifact.tensor(&site.name)
+            && let DType::Ggml(_) = info.dtype
+            && info.dtype.bits() <= 8.5
+        {
+            *types.entry(info.dtype.to_string()).or_default() += 1;
+        }
+    }
+    let on_grid: usize = types.values().sum();
+    if on_grid == 0 {
+        return Vec::new();
+    }
+    let names: Vec<&str> = types.keys().map(String::as_str).collect();
+    let names = names.join(", ");
+    let void = !grid.symmetric && grid.bits >= 4 && group.is_none_or(|group| group == 32);
+    vec![if void {
+        format!(
+            "{on_grid} weight matrices of {} are stored as {names}: they already lie on a grid of \
+             {} bits or fewer per 32 inputs, and {}-bit asymmetric groups of 32 would change next to \
+             nothing. Compare at fewer bits, at whole rows, or on a float source",
+            model.source, grid.bits, grid.bits
+        )
+    } else {
+        format!(
+            "{on_grid} weight matrices of {} are stored as {names}: they were quantized before, so \
+             differences to them are not differences to the original float weights",
+            model.source
+        )
+    }]
+}
