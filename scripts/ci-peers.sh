@@ -28,5 +28,5 @@ fi
 tiny=assets/tiny
 "$refit" apply model-soups "$tiny" "$tiny" -o "$work/soup"
 "$venv/bin/python" scripts/interop.py "$refit" "$work/soup" --same-as "$tiny"
-"$refit" apply rtn "$tiny" -o "$work/rtn" --bits 4 --group-size 64
+"$refit" apply rtn "$tiny" -o "$work/rtn" --bits 4 --group 64
 "$venv/bin/python" scripts/interop.py "$refit" "$work/rtn"

@@ -115,7 +115,7 @@ def check_behaviour(refit, directory, text):
         wanted.append(top.indices[0].item())
         margins.append((top.values[0] - top.values[1]).item())
         sequence = torch.cat([sequence, top.indices[:1, None].T], dim=1)
-    got = run("generate", directory, "--prompt", PROMPT, "--max-new-tokens", 16, "--temperature", 0, "--ignore-eos", "--raw", "--json")["tokens"]
+    got = run("generate", directory, "--prompt", PROMPT, "--max-new-tokens", 16, "--temperature", 0, "--ignore-eos", "--json")["tokens"]
     # From the first near-tie on, two correct programs may part.
     certain = next((i for i, m in enumerate(margins) if m < 1e-3), len(margins))
     check("same greedy tokens", got[-16:][:certain] == wanted[:certain], f"first {certain} of 16")
