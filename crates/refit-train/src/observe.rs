@@ -50,7 +50,7 @@ bitflags! {
 
 /// A value that is not finite, found while observing.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
-#[error("value {value} at row {row} (counted from the first token observed), column {column}")]
+#[error("{value} at row {row}, column {column}")]
 pub struct NonFinite {
     /// Row, counted over everything observed so far.
     pub row: u64,
@@ -121,7 +121,12 @@ impl ColumnStats {
     /// # Panics
     /// When `rows` is not a whole number of rows: the caller's shape bookkeeping is wrong.
     pub fn observe(&mut self, rows: &[f32]) -> Result<(), NonFinite> {
-        assert_eq!(rows.len() % self.columns.max(1), 0, "invariant: whole rows of {}", self.columns);
+        assert_eq!(
+            rows.len() % self.columns.max(1),
+            0,
+            "invariant: whole rows of {}",
+            self.columns
+        );
         self.check_finite(rows)?;
         self.rows += (rows.len() / self.columns.max(1)) as u64;
         self.observe_columns(rows);
@@ -376,9 +381,7 @@ impl VarianceState {
 ///
 /// # Errors
 /// The first collector (in the given order) that met a value that is not finite, with its index.
-pub fn observe_all(
-    pairs: &mut [(&mut ColumnStats, &[f32])],
-) -> Result<(), (usize, NonFinite)> {
+pub fn observe_all(pairs: &mut [(&mut ColumnStats, &[f32])]) -> Result<(), (usize, NonFinite)> {
     let found: Vec<_> = pairs.par_iter_mut().map(|(stats, rows)| stats.observe(rows)).collect();
     found.into_iter().enumerate().try_for_each(|(i, result)| result.map_err(|e| (i, e)))
 }

@@ -49,8 +49,8 @@ pub fn mean_interval(values: &[f64], level: f64) -> Option<Interval> {
     let (estimate, spread) = (mean(values)?, std_dev(values)?);
     check_level(level)?;
     let freedom = (values.len() - 1) as f64;
-    let half = student_t_quantile(0.5 + level / 2.0, freedom) * spread
-        / (values.len() as f64).sqrt();
+    let half =
+        student_t_quantile(0.5 + level / 2.0, freedom) * spread / (values.len() as f64).sqrt();
     Some(Interval { estimate, low: estimate - half, high: estimate + half, level })
 }
 
@@ -202,8 +202,9 @@ pub fn mcnemar(first: &[bool], second: &[bool]) -> Option<McNemar> {
     let ln_half_n = n as f64 * 0.5f64.ln();
     let tail: f64 = (0..=smaller)
         .map(|k| {
-            let ln_choose =
-                ln_gamma(n as f64 + 1.0) - ln_gamma(k as f64 + 1.0) - ln_gamma((n - k) as f64 + 1.0);
+            let ln_choose = ln_gamma(n as f64 + 1.0)
+                - ln_gamma(k as f64 + 1.0)
+                - ln_gamma((n - k) as f64 + 1.0);
             (ln_choose + ln_half_n).exp()
         })
         .sum();
