@@ -152,7 +152,8 @@ impl Grid {
             return step.scale * exp2_of(-i32::from(code & 0x7f)) * weight.signum();
         }
         let (low, high) = self.range();
-        (round((weight / step.scale).clamp(low - step.zero, high - step.zero))) * step.scale
+        // Adding zero turns -0 into 0: a code has no sign of its own.
+        round((weight / step.scale).clamp(low - step.zero, high - step.zero)) * step.scale + 0.0
     }
 
     fn log2_code(&self, weight: f32, step: Step) -> u8 {
