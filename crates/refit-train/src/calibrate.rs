@@ -222,7 +222,7 @@ fn groups(block: &Block) -> Vec<Vec<String>> {
 /// Where blocks come from.
 enum Blocks<'a> {
     /// Read one at a time.
-    Lazy(Loader<'a>),
+    Lazy(Box<Loader<'a>>),
     /// Encoders are small: loaded whole, given away one by one.
     Loaded(VecDeque<Block>),
 }
@@ -270,7 +270,7 @@ impl<'a> Stream<'a> {
                     .map(|ids| Ok(frame.embed(ids, 1, 0)?))
                     .collect::<Result<Vec<_>>>()?;
                 contexts = lengths().map(|n| (n, frame.context(0, n))).collect();
-                source = Blocks::Lazy(loader);
+                source = Blocks::Lazy(Box::new(loader));
             }
             Kind::Encoder => {
                 let encoder = Encoder::load(artifact, &options.device)?;

@@ -413,7 +413,7 @@ mod tests {
     #[test]
     fn mcnemar_is_the_exact_binomial_test() {
         // 1 against 8 discordant pairs: 2 * (1 + 9) / 2^9.
-        let first: Vec<bool> = (0..20).map(|i| i < 8 || i >= 12).collect();
+        let first: Vec<bool> = (0..20).map(|i| !(8..12).contains(&i)).collect();
         let second: Vec<bool> = (0..20).map(|i| i == 8 || i >= 12).collect();
         let test = mcnemar(&first, &second).unwrap();
         assert_eq!((test.only_first, test.only_second), (8, 1));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use refit_nn::block::Block;
 use refit_nn::{Decoder, Encoder, Model, Run, ops};
 use refit_store::artifact::Artifact;
@@ -75,7 +75,9 @@ mod perplexity {
         let (model, reference) = (decoder("llama"), decoder("llama-tied"));
         let text = [Segment::new("a", ids(70, 2)), Segment::new("b", ids(33, 3))];
         let options = options(24);
-        let run = |reference| eval::perplexity(&model, &text, &options, reference, &quiet).unwrap();
+        let run = |reference: Reference| {
+            eval::perplexity(&model, &text, &options, reference, &quiet).unwrap()
+        };
         let live = run(Reference::Model(&reference));
         let cache = ReferenceCache::fill(&reference, &text, &options).unwrap();
         drop(reference);
@@ -414,11 +416,10 @@ mod differences {
                 let mut model = decoder(name);
                 let linear = model.blocks[1].linears_mut().swap_remove(at);
                 let site = linear.site.clone();
-                let [out, inner] = linear.weight().dims();
+                let inner = linear.weight().dims()[1];
                 let mut values = ops::to_vec(&linear.weight());
                 values[..inner].iter_mut().for_each(|w| *w = 1.0 - *w);
-                let weight = TensorData::new(values, [out, inner]).into_vec::<f32>().unwrap();
-                linear.set_weight(weight, &Device::flex());
+                linear.set_weight(values, &Device::flex());
                 let found =
                     differential::compare(&model, &reference, &probes(), TOLERANCE).unwrap();
                 let first = found.first.expect("the fault shows");
