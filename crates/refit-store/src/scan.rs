@@ -154,10 +154,8 @@ fn content(name: &str, head: &[u8], length: u64) -> Content {
     if named(&[".gguf"]) {
         return Content::Gguf;
     }
-    let pickle_name = named(&[
-        ".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt", ".joblib", ".dill", ".dat", ".data",
-        ".p",
-    ]);
+    let pickle_name =
+        named(&[".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt", ".joblib", ".dill"]);
     let protocol = matches!(head, [0x80, 0..=5, ..]);
     if protocol || pickle_name || pickle::looks_like_text_pickle(head) {
         return Content::Pickle;

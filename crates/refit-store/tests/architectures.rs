@@ -312,3 +312,93 @@ fn memory_of_smollm2() {
     assert_eq!(plan.lora_parameters, 30 * per_block);
     assert!(plan.run < plan.tune_lora && plan.tune_lora < plan.tune_adamw);
 }
+
+/// Small models of each family as transformers itself saves them: config and tensors fit without a remainder.
+#[test]
+fn what_transformers_saves_fits() {
+    let fixture: Value = serde_json::from_str(include_str!("fixtures/transformers.json")).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    let mut faults = Vec::new();
+    for (name, model) in fixture["models"].as_object().unwrap() {
+        let shape = |dims: &Value| {
+            dims.as_array().unwrap().iter().map(|d| d.as_u64().unwrap() as usize).collect()
+        };
+        let tensors: Tensors = model["tensors"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(n, dims)| (n.clone(), shape(dims)))
+            .collect();
+        let Resolved { architecture, report } = fit(model["config"].clone(), &tensors);
+        seen.insert(architecture.model_type.clone());
+        if !report.is_clean() || !report.absent_keys.is_empty() {
+            faults.push(format!("{name}: {report}; absent keys {:?}", report.absent_keys));
+        }
+        if architecture.linears().next().is_none() || architecture.dims.layers.is_none() {
+            faults.push(format!("{name}: no linears or layers"));
+        }
+        // Every linear of a block that reads a norm names one that is stored.
+        for site in &architecture.sites {
+            if site.norm.as_ref().is_some_and(|norm| architecture.site(norm).is_none()) {
+                faults.push(format!("{name}: {} is fed by an unknown norm", site.name));
+            }
+        }
+        for key in model["config"].as_object().unwrap().keys() {
+            if document_key(&architecture.model_type, key).text.contains("Not documented") {
+                faults.push(format!("{name}: config key `{key}` has no entry"));
+            }
+        }
+    }
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
+    assert!(seen.len() >= 20, "{seen:?}");
+}
+
+/// The checkpoint that `lukemelas/EfficientNet-PyTorch` users train, without a config.
+#[test]
+fn efficientnet_lite0_is_recognised_by_its_names() {
+    let inputs = [32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192];
+    let outputs = [16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192, 320];
+    let kernels = [3, 3, 3, 5, 5, 3, 3, 3, 5, 5, 5, 5, 5, 5, 5, 3];
+    let mut tensors = vec![
+        tensor("_conv_stem.weight", &[32, 3, 3, 3]),
+        tensor("_conv_head.weight", &[1280, 320, 1, 1]),
+        tensor("_fc.weight", &[1000, 1280]),
+        tensor("_fc.bias", &[1000]),
+    ];
+    let mut norm = vec![("_bn0".to_owned(), 32), ("_bn1".to_owned(), 1280)];
+    for i in 0..16 {
+        let inner = if i == 0 { inputs[i] } else { 6 * inputs[i] };
+        let at = format!("_blocks.{i}");
+        if i > 0 {
+            tensors.push(tensor(format!("{at}._expand_conv.weight"), &[inner, inputs[i], 1, 1]));
+            norm.push((format!("{at}._bn0"), inner));
+        }
+        tensors.push(tensor(
+            format!("{at}._depthwise_conv.weight"),
+            &[inner, 1, kernels[i], kernels[i]],
+        ));
+        tensors.push(tensor(format!("{at}._project_conv.weight"), &[outputs[i], inner, 1, 1]));
+        norm.extend([(format!("{at}._bn1"), inner), (format!("{at}._bn2"), outputs[i])]);
+    }
+    for (name, channels) in norm {
+        for part in ["weight", "bias", "running_mean", "running_var"] {
+            tensors.push(tensor(format!("{name}.{part}"), &[channels]));
+        }
+        tensors.push(tensor(format!("{name}.num_batches_tracked"), &[]));
+    }
+    let Resolved { architecture, report } = fit(json!({}), &tensors);
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(
+        (architecture.model_type.as_str(), architecture.kind),
+        ("efficientnet-lite0", Kind::Vision)
+    );
+    assert_eq!(architecture.layers(), 16);
+    // Elements of weights and biases; Lite0 is published with 4.65 million.
+    let trained: u64 = architecture
+        .parameters_by_role()
+        .iter()
+        .filter(|(r, ..)| *r != Role::Stat)
+        .map(|(.., n)| n)
+        .sum();
+    assert_eq!(trained, 4_652_008);
+}

@@ -196,15 +196,22 @@ impl Parser<'_> {
         (self.names)(word).ok_or_else(|| Fault::Unknown(word.to_owned()))
     }
 
+    /// Reads on to the closing bracket after an unknown name, so that `??` can still follow.
     fn arguments(&mut self, close: &str) -> Eval<Vec<Value>> {
-        let mut values = Vec::new();
+        let mut values = Ok(Vec::new());
+        let mut first = true;
         while !self.take(close) {
-            if !values.is_empty() {
+            if !std::mem::take(&mut first) {
                 self.need(",")?;
             }
-            values.push(self.coalesce()?);
+            match (self.coalesce(), &mut values) {
+                (Ok(value), Ok(values)) => values.push(value),
+                (Err(Fault::Unknown(name)), Ok(_)) => values = Err(Fault::Unknown(name)),
+                (Err(invalid), _) => return Err(invalid),
+                (Ok(_), Err(_)) => {}
+            }
         }
-        Ok(values)
+        values
     }
 
     fn call(&self, function: &str, arguments: &[Value]) -> Eval<Value> {
@@ -255,6 +262,7 @@ mod tests {
         assert_eq!(run("kv_heads ?? heads"), Ok(Value::Num(9.0)));
         assert_eq!(run("head_dim ?? hidden / heads"), Ok(Value::Num(64.0)));
         assert_eq!(run("missing * 2 ?? other ?? 7"), Ok(Value::Num(7.0)));
+        assert_eq!(run("len(missing) ?? 2"), Ok(Value::Num(2.0)));
         assert_eq!(run("missing * 2"), Err(Fault::Unknown("missing".to_owned())));
     }
 

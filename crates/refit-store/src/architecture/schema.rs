@@ -174,10 +174,37 @@ macro_rules! files {
     };
 }
 
-files!["llama", "bert", "gpt2"];
+files![
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi3",
+    "mixtral",
+    "bert",
+    "roberta",
+    "distilbert",
+    "t5",
+    "vit",
+    "deit",
+    "swin",
+    "swinv2",
+    "clip",
+    "whisper",
+    "efficientnet-lite0",
+];
 
 /// Model types that share a file under another name.
-const ALIASES: &[(&str, &str)] = &[];
+const ALIASES: &[(&str, &str)] = &[
+    ("camembert", "roberta"),
+    ("efficientnet-lite", "efficientnet-lite0"),
+    ("xlm-roberta", "roberta"),
+];
 
 const COMMON: &str = include_str!("../../architectures/_common.yaml");
 

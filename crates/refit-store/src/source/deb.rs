@@ -31,6 +31,7 @@ pub(super) fn resolve(source: &str, rest: &str, options: &PullOptions) -> Result
     }
     if !options.refresh
         && let Some(files) = installed(name)
+        && stands_alone(&files)
     {
         return pulled(source, Path::new("/"), files, member, source.to_owned(), None);
     }
@@ -87,6 +88,17 @@ fn installed(name: &str) -> Option<Vec<FileRecord>> {
     records.iter().any(|file| !is_aside(&file.name)).then_some(records)
 }
 
+/// True when the package's data has a directory of its own; below `/usr/lib` it would lie among everyone's.
+fn stands_alone(files: &[FileRecord]) -> bool {
+    let data = data(files);
+    data.len() == 1 || common_dir(&data).components().count() > 2
+}
+
+/// Names of the files that are not words about the package.
+fn data(files: &[FileRecord]) -> Vec<&str> {
+    files.iter().map(|file| file.name.as_str()).filter(|name| !is_aside(name)).collect()
+}
+
 fn is_aside(name: &str) -> bool {
     ASIDE.iter().any(|dir| Path::new(name).starts_with(dir))
 }
@@ -99,11 +111,13 @@ fn pulled(
     resolved: String,
     sha256: Option<String>,
 ) -> Result<Pulled> {
-    let data: Vec<&str> =
-        files.iter().map(|file| file.name.as_str()).filter(|name| !is_aside(name)).collect();
+    let data = data(&files);
     let path = match member {
         Some(_) => super::entry_point(source, root, &files, member)?,
-        None => root.join(common_dir(&data)),
+        None => match data.as_slice() {
+            [only] => root.join(only),
+            several => root.join(common_dir(several)),
+        },
     };
     Ok(Pulled { path, root: root.to_owned(), files, source: resolved, sha256, from_cache: true })
 }
