@@ -59,6 +59,18 @@ impl Emitter {
 
     fn open(inputs: &Inputs, plan: &Plan, cx: &Context, parents: Vec<Parent>) -> Result<Self> {
         let out = cx.out()?;
+        if !cx.resume
+            && let Some(name) = out.file_name()
+        {
+            // What an interrupted run left; the writer would go on from there.
+            let staged = out.with_file_name(format!(".{}.refit-partial", name.to_string_lossy()));
+            match std::fs::remove_dir_all(&staged) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::Io { path: staged, source });
+                }
+                _ => {}
+            }
+        }
         let tensors = plan
             .tensors
             .iter()

@@ -91,6 +91,19 @@ struct Row<'a> {
     options: RefineOptions,
 }
 
+/// The first `count` of a queue ordered by rising key, ties by index: a row makes no more swaps than
+/// that, so the rest need not be sorted.
+fn first(queue: Vec<u32>, count: usize, key: impl Fn(u32) -> f32) -> Vec<u32> {
+    let mut keyed: Vec<(f32, u32)> = queue.into_iter().map(|j| (key(j), j)).collect();
+    let order = |a: &(f32, u32), b: &(f32, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
+    if count > 0 && count < keyed.len() {
+        keyed.select_nth_unstable_by(count - 1, order);
+    }
+    keyed.truncate(count);
+    keyed.sort_unstable_by(order);
+    keyed.into_iter().map(|(_, j)| j).collect()
+}
+
 /// Index of the queue with positive and negative contributions.
 const POSITIVE: usize = 0;
 const NEGATIVE: usize = 1;
@@ -111,13 +124,18 @@ impl<'a> Row<'a> {
                 grow[if c > 0.0 { POSITIVE } else { NEGATIVE }].push(j as u32);
             }
         }
-        let usefulness = |j: u32| {
-            let j = j as usize;
-            contribution[j].abs() / (stats.variances[j] + 1e-12).powf(options.gamma)
+        // v^gamma once per input; the common values need no power.
+        let penalty = |j: u32| {
+            let variance = stats.variances[j as usize] + 1e-12;
+            match options.gamma {
+                0.0 => 1.0,
+                1.0 => variance,
+                gamma => variance.powf(gamma),
+            }
         };
-        for queue in &mut grow {
-            queue.sort_by(|&a, &b| usefulness(b).total_cmp(&usefulness(a)).then(a.cmp(&b)));
-        }
+        let grow = grow.map(|queue| {
+            first(queue, options.max_cycle, |j| -contribution[j as usize].abs() / penalty(j))
+        });
         Self { weights, contribution, error: error as f32, grow, options }
     }
 
@@ -140,9 +158,7 @@ impl<'a> Row<'a> {
             }
         }
         let score = |j: u32| self.weights[j as usize].abs() * stats.norms[j as usize];
-        for queue in &mut cut {
-            queue.sort_by(|&a, &b| score(a).total_cmp(&score(b)).then(a.cmp(&b)));
-        }
+        let cut = cut.map(|queue| first(queue, self.options.max_cycle, score));
         let (mut next_grow, mut next_cut) = ([0; 2], [0; 2]);
         let (mut now, mut swaps) = (self.error, 0);
         while swaps < self.options.max_cycle as u64 && self.is_off(now) {
