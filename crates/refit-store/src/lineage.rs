@@ -458,7 +458,12 @@ fn check_parent(
         is_plain_relative(&parent.name).then(|| dir.parent().unwrap_or(dir).join(&parent.name));
     let candidates = [Some(PathBuf::from(&parent.source)), Some(dir.join(&parent.source)), beside];
     let mut different = None;
-    for found in candidates.into_iter().flatten().filter(|path| path.exists()) {
+    let mut tried = HashSet::new();
+    for found in candidates.into_iter().flatten() {
+        // Two spellings of one place are one candidate.
+        if !found.canonicalize().is_ok_and(|path| tried.insert(path)) {
+            continue;
+        }
         match check_parent_at(&found, parent, visited)? {
             ParentStatus::Differs(how) => different = different.or(Some(how)),
             status => return Ok(status),
@@ -490,7 +495,15 @@ fn check_parent_at(
         (Some(_), None) => Ok(ParentStatus::Differs("its manifest is gone".to_owned())),
         (None, _) => {
             visited.insert(canonical);
-            Ok(ParentStatus::NotFound)
+            let have = crate::Artifact::open(found)?.content_hash()?;
+            Ok(if have == parent.content {
+                ParentStatus::Root
+            } else {
+                ParentStatus::Differs(format!(
+                    "its content hash is {have}, the child names {}",
+                    parent.content
+                ))
+            })
         }
     }
 }

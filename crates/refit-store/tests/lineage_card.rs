@@ -288,3 +288,23 @@ proptest! {
         let _ = Lineage::parse(Path::new("x"), text.as_bytes());
     }
 }
+
+#[test]
+fn a_parent_without_a_manifest_is_known_by_its_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base");
+    write_model(&base, Vec::new());
+    fs::remove_file(base.join(FILE_NAME)).unwrap();
+    let content = refit_store::Artifact::open(&base).unwrap().content_hash().unwrap();
+    let child = dir.path().join("child");
+    let mut root = parent(base.to_str().unwrap(), None);
+    root.content = content;
+    write_model(&child, vec![root]);
+    let outcome = Lineage::verify(&child).unwrap();
+    assert_eq!(outcome.parents[0].status, ParentStatus::Root);
+    assert!(outcome.is_ok() && !outcome.is_truncated());
+    let mut bytes = fs::read(base.join("model.safetensors")).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(base.join("model.safetensors"), bytes).unwrap();
+    assert!(matches!(Lineage::verify(&child).unwrap().parents[0].status, ParentStatus::Differs(_)));
+}

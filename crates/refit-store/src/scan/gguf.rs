@@ -1,7 +1,7 @@
 //! GGUF files: every count and length within the file, every tensor within the data, and the chat template.
 
 use std::collections::HashSet;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
 use super::{Findings, Severity, template};
@@ -195,11 +195,8 @@ fn check(path: &Path, findings: &mut Findings<'_>) -> Result<(), String> {
             return Err(format!("tensor `{name}` occurs twice"));
         }
     }
-    let data = reader
-        .inner
-        .seek(SeekFrom::Current(0))
-        .map_err(|e| e.to_string())?
-        .next_multiple_of(alignment);
+    let data =
+        reader.inner.stream_position().map_err(|e| e.to_string())?.next_multiple_of(alignment);
     ranges.sort();
     if let Some(pair) = ranges.windows(2).find(|pair| pair[1].0 < pair[0].1) {
         return Err(format!("tensors `{}` and `{}` overlap", pair[0].2, pair[1].2));
