@@ -6,23 +6,25 @@
 pub mod architecture;
 pub mod artifact;
 pub mod card;
+pub mod census;
 pub mod config;
 pub mod convert;
 pub mod dtype;
 pub mod error;
 pub mod formats;
 pub mod hash;
-pub mod lineage;
 mod layout;
-mod storage;
+pub mod lineage;
 pub mod scan;
 pub mod source;
+mod storage;
 pub mod writer;
 pub mod yaml;
 
 pub use architecture::Architecture;
 pub use artifact::{Artifact, FileHash, Format, SideContent, SideFile, TensorInfo};
 pub use card::Card;
+pub use census::{Finding, Grid, TypeCount};
 pub use config::Config;
 pub use dtype::{DType, GgmlType};
 pub use error::{Error, Result, ShardFault, TensorFault};
