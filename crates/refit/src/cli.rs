@@ -102,9 +102,24 @@ impl DeviceName {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    Pull(verbs::pull::Args),
+    Inspect(verbs::inspect::Args),
+    Explain(verbs::explain::Args),
+    Scan(verbs::scan::Args),
+    Methods(verbs::methods::Args),
+    Show(verbs::methods::ShowArgs),
+    Run(verbs::run::Args),
+    Eval(verbs::eval::Args),
+    Embed(verbs::embed::Args),
+    Classify(verbs::classify::Args),
+    Generate(verbs::generate::Args),
+    Claim(verbs::claim::Args),
+    Card(verbs::card::Args),
+    Lineage(verbs::lineage::Args),
+    Compare(verbs::compare::Args),
     Report(verbs::report::Args),
-    Completions(verbs::completions::Args),
     Doctor(verbs::doctor::Args),
+    Completions(verbs::completions::Args),
 }
 
 /// What a verb needs beside its own arguments.
@@ -122,12 +137,21 @@ pub fn main() -> Code {
         Ok(matches) => matches,
         Err(error) => return refuse(&error),
     };
-    let (global, verb) = match Cli::from_arg_matches(&matches) {
-        Ok(cli) => (cli.global, cli.verb),
-        Err(error) => return refuse(&error),
+    // `apply` is not derived: its flags come from the methods.
+    let (global, result) = if let Some(("apply", sub)) = matches.subcommand() {
+        match Global::from_arg_matches(&matches) {
+            Ok(global) => {
+                (global.clone(), setup(global).and_then(|app| verbs::apply::run(&app, sub)))
+            }
+            Err(error) => return refuse(&error),
+        }
+    } else {
+        match Cli::from_arg_matches(&matches) {
+            Ok(cli) => (cli.global.clone(), setup(cli.global).and_then(|app| cli.verb.run(&app))),
+            Err(error) => return refuse(&error),
+        }
     };
     let as_json = global.json;
-    let result = setup(global).and_then(|app| verb.run(&app));
     let done = result.and_then(|outcome| output::print(&outcome, as_json).map(|()| outcome.code));
     done.unwrap_or_else(|failure| {
         output::print_failure(&failure, as_json);
@@ -137,7 +161,7 @@ pub fn main() -> Code {
 
 /// The whole command.
 pub fn command() -> clap::Command {
-    Cli::command()
+    Cli::command().subcommand(verbs::apply::command())
 }
 
 /// Help and version go to standard output and succeed; everything else is a wrong command line.
@@ -170,9 +194,24 @@ fn setup(global: Global) -> Result<App> {
 impl Verb {
     fn run(self, app: &App) -> Result<Outcome> {
         let outcome = match self {
+            Self::Pull(args) => verbs::pull::run(app, args),
+            Self::Inspect(args) => verbs::inspect::run(app, args),
+            Self::Explain(args) => verbs::explain::run(app, args),
+            Self::Scan(args) => verbs::scan::run(app, args),
+            Self::Methods(args) => verbs::methods::run(app, args),
+            Self::Show(args) => verbs::methods::show(app, args),
+            Self::Run(args) => verbs::run::run(app, args),
+            Self::Eval(args) => verbs::eval::run(app, args),
+            Self::Embed(args) => verbs::embed::run(app, args),
+            Self::Classify(args) => verbs::classify::run(app, args),
+            Self::Generate(args) => verbs::generate::run(app, args),
+            Self::Claim(args) => verbs::claim::run(app, args),
+            Self::Card(args) => verbs::card::run(app, args),
+            Self::Lineage(args) => verbs::lineage::run(app, args),
+            Self::Compare(args) => verbs::compare::run(app, args),
             Self::Report(args) => verbs::report::run(app, args),
-            Self::Completions(args) => verbs::completions::run(args),
             Self::Doctor(args) => verbs::doctor::run(app, args),
+            Self::Completions(args) => verbs::completions::run(args),
         };
         app.progress.end();
         outcome

@@ -103,3 +103,16 @@ impl From<refit_store::Error> for Failure {
         Self::from_error(&error)
     }
 }
+
+/// Libraries whose errors say everything; only the exit code is ours.
+macro_rules! from_library {
+    ($($error:ty),+ $(,)?) => {$(
+        impl From<$error> for Failure {
+            fn from(error: $error) -> Self {
+                Self::from_error(&error)
+            }
+        }
+    )+};
+}
+
+from_library!(refit_data::Error, refit_nn::Error, refit_train::Error, refit_methods::Error);

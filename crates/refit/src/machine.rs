@@ -15,21 +15,6 @@ pub fn describe(device: &str) -> Machine {
     }
 }
 
-/// Largest resident memory of this process so far, in bytes.
-pub fn peak_memory() -> Option<u64> {
-    // SAFETY: `getrusage` writes one `rusage`, which lives on this stack frame; any bit pattern of
-    // that plain C struct is valid.
-    #[cfg(unix)]
-    unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        if libc::getrusage(libc::RUSAGE_SELF, &mut usage) == 0 {
-            let unit = if cfg!(target_os = "macos") { 1 } else { 1024 };
-            return u64::try_from(usage.ru_maxrss).ok().map(|peak| peak * unit);
-        }
-    }
-    None
-}
-
 /// Memory that can be had without swapping, in bytes.
 pub fn available_memory() -> Option<u64> {
     meminfo("MemAvailable:")
@@ -57,7 +42,16 @@ pub fn cpu_features() -> Vec<&'static str> {
                 [$(($name, std::arch::is_x86_feature_detected!($name))),+]
             };
         }
-        let known = present!("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vnni", "avx512bf16");
+        let known = present!(
+            "avx",
+            "avx2",
+            "fma",
+            "f16c",
+            "avx512f",
+            "avx512bw",
+            "avx512vnni",
+            "avx512bf16"
+        );
         known.into_iter().filter(|(_, found)| *found).map(|(name, _)| name).collect()
     }
     #[cfg(target_arch = "aarch64")]

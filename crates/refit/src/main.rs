@@ -4,7 +4,10 @@
 //! work with the crates below, and [`output`] prints what came of it.
 
 mod cli;
+mod engine;
 mod failure;
+mod grid;
+mod inputs;
 mod interrupt;
 mod machine;
 mod output;

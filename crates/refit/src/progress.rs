@@ -61,7 +61,11 @@ impl Progress {
         }
         let bar = ProgressBar::with_draw_target((total > 0).then_some(total), self.target());
         let bytes = unit == "bytes";
-        let count = if bytes { "{bytes}/{total_bytes} {bytes_per_sec}".to_owned() } else { format!("{{pos}}/{{len}} {unit}") };
+        let count = if bytes {
+            "{bytes}/{total_bytes} {bytes_per_sec}".to_owned()
+        } else {
+            format!("{{pos}}/{{len}} {unit}")
+        };
         let template = match total {
             0 => "{prefix:28} {spinner} {elapsed}".to_owned(),
             _ => format!("{{prefix:28}} {{bar:28.cyan/blue.dim}} {count} {{eta}}"),
@@ -119,7 +123,11 @@ impl Progress {
             stage.bar.finish_and_clear();
             let took = stage.began.elapsed();
             if self.style == Style::Lines && took >= Duration::from_secs(2) {
-                eprintln!("{} done in {}", stage.name, crate::report::number::seconds(took.as_secs_f64()));
+                eprintln!(
+                    "{} done in {}",
+                    stage.name,
+                    crate::report::number::seconds(took.as_secs_f64())
+                );
             }
         }
     }

@@ -1,3 +1,5 @@
 //! Recipes: YAML files of steps, run one after the other, resumable, with everything recorded.
 
 pub mod record;
+pub mod runner;
+pub mod schema;

@@ -206,7 +206,9 @@ impl RunRecord {
             Some(found) if found == u64::from(SCHEMA) => {}
             Some(found) => {
                 let known = format!("this refit reads schema {SCHEMA}");
-                return Err(bad(format!("run.json has schema {found}; {known}; run the recipe again")));
+                return Err(bad(format!(
+                    "run.json has schema {found}; {known}; run the recipe again"
+                )));
             }
             None => return Err(bad("not a run.json: it has no `schema` number".into())),
         }

@@ -54,7 +54,12 @@ pub fn bars(groups: &[BarGroup], reference: Option<(&str, f64)>, name: &str) -> 
     let first_row = y;
     for group in groups {
         if !group.title.is_empty() {
-            let _ = write!(body, r#"<text class="soft" x="0" y="{:.1}">{}</text>"#, y + 15.0, Esc(&group.title));
+            let _ = write!(
+                body,
+                r#"<text class="soft" x="0" y="{:.1}">{}</text>"#,
+                y + 15.0,
+                Esc(&group.title)
+            );
             y += 24.0;
         }
         for bar in &group.bars {
@@ -356,7 +361,9 @@ mod tests {
         let refs: Vec<&Point> = points.iter().collect();
         let placed = place_labels(&refs, &[(300.0, 150.0), (300.0, 152.0)], 480.0, 300.0);
         assert_ne!(placed[0], placed[1]);
-        assert!((placed[0].0 - placed[1].0).abs() > 20.0 || (placed[0].1 - placed[1].1).abs() > 12.0);
+        assert!(
+            (placed[0].0 - placed[1].0).abs() > 20.0 || (placed[0].1 - placed[1].1).abs() > 12.0
+        );
     }
 
     #[test]

@@ -108,9 +108,7 @@ fn figures(page: &mut String, run: &RunRecord, evaluation: &Evaluation) {
         })
         .filter(|group: &BarGroup| !group.bars.is_empty())
         .collect();
-    let line = reference
-        .and_then(arm_of)
-        .map(|arm| (run.label(&arm.artifact), arm.perplexity));
+    let line = reference.and_then(arm_of).map(|arm| (run.label(&arm.artifact), arm.perplexity));
     let svg = charts::bars(&bars, line, "perplexity");
     if !svg.is_empty() {
         let whiskers = evaluation.arms.iter().any(|arm| arm.interval.is_some());
@@ -169,15 +167,13 @@ fn figures(page: &mut String, run: &RunRecord, evaluation: &Evaluation) {
     }
 }
 
-/// The group sizes of the first method that chose different ones, by role of the matrix: read from
-/// the method's report, where `tensors` lists `{name, group_size}`.
+/// The group sizes of the first method that chose different ones, by role of the matrix: `groups` in
+/// the method's report, tensor by tensor.
 fn group_sizes(run: &RunRecord) -> Option<(&str, Vec<Stack>, Vec<String>)> {
     run.artifacts.iter().find_map(|artifact| {
-        let tensors = artifact.report.get("tensors")?.as_array()?;
-        let chosen: Vec<(&str, u64)> = tensors
-            .iter()
-            .filter_map(|t| Some((role(t["name"].as_str()?), t["group_size"].as_u64()?)))
-            .collect();
+        let groups = artifact.report.get("groups")?.as_object()?;
+        let chosen: Vec<(&str, u64)> =
+            groups.iter().filter_map(|(name, size)| Some((role(name), size.as_u64()?))).collect();
         let mut sizes: Vec<u64> = chosen.iter().map(|(_, size)| *size).collect();
         sizes.sort_unstable();
         sizes.dedup();

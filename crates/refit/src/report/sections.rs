@@ -76,7 +76,8 @@ fn contest(run: &RunRecord, contest: &Contest) -> Option<String> {
         .iter()
         .find_map(|e| e.arms.iter().find(|arm| Some(&arm.artifact) == e.reference.as_ref()));
     if let Some(original) = original {
-        let share = (rival.perplexity - method.perplexity) / (rival.perplexity - original.perplexity);
+        let share =
+            (rival.perplexity - method.perplexity) / (rival.perplexity - original.perplexity);
         if share.is_finite() && share > 0.0 && rival.perplexity > original.perplexity {
             let _ = write!(
                 out,
@@ -212,7 +213,9 @@ pub(super) fn lineage(page: &mut String, run: &RunRecord) {
                 let parents: Vec<&str> = artifact.parents.iter().map(|p| run.label(p)).collect();
                 format!("{method} of {}", parents.join(", "))
             }
-            None => artifact.source.as_ref().map_or_else(String::new, |s| format!("pulled from {s}")),
+            None => {
+                artifact.source.as_ref().map_or_else(String::new, |s| format!("pulled from {s}"))
+            }
         };
         let _ = write!(
             page,

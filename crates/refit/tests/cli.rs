@@ -1,0 +1,135 @@
+//! The command line itself: help, exit codes, suggestions, global flags.
+
+mod common;
+
+use common::Place;
+
+const VERBS: &[&str] = &[
+    "pull",
+    "inspect",
+    "explain",
+    "scan",
+    "methods",
+    "show",
+    "apply",
+    "run",
+    "eval",
+    "embed",
+    "classify",
+    "generate",
+    "claim",
+    "card",
+    "lineage",
+    "compare",
+    "report",
+    "doctor",
+    "completions",
+];
+
+#[test]
+fn every_verb_has_help_and_help_lists_every_verb() {
+    let place = Place::new();
+    let help = place.run(&["--help"]).code(0).out;
+    assert!(help.contains("Exit codes:") && help.contains("4  interrupted"), "{help}");
+    for verb in VERBS {
+        assert!(help.contains(&format!("\n  {verb} ")), "{verb} is not in:\n{help}");
+        let own = place.run(&[verb, "--help"]).code(0).out;
+        assert!(own.contains("Usage: refit") && own.contains("--json"), "{verb}:\n{own}");
+    }
+    assert!(place.names().is_empty());
+}
+
+#[test]
+fn every_method_has_help_with_its_own_flags_and_defaults() {
+    let place = Place::new();
+    let list = place.run(&["methods", "--json"]).json();
+    let methods = list["methods"].as_array().unwrap();
+    for name in
+        ["rtn", "finequant", "gptq", "magnitude", "wanda", "sparsegpt", "dsnot", "model-soups"]
+    {
+        assert!(methods.iter().any(|m| m["name"] == name), "{name}");
+    }
+    for method in methods {
+        let name = method["name"].as_str().unwrap();
+        let help = place.run(&["apply", name, "--help"]).code(0).out;
+        assert!(help.contains("--out") && help.contains("--dry-run"), "{help}");
+        let shown = place.run(&["show", name, "--json"]).json();
+        let example = shown["example"].as_str().unwrap();
+        assert!(example.starts_with(&format!("refit apply {name} ")), "{example}");
+        for field in shown["schema"]["properties"].as_object().into_iter().flatten() {
+            let flag = format!("--{}", field.0.replace('_', "-"));
+            assert!(help.contains(&flag), "{name}: {flag}");
+        }
+    }
+    let wanda = place.run(&["apply", "wanda", "--help"]).code(0).out;
+    assert!(wanda.contains("[default: 0.5]") && wanda.contains("--sparsity"), "{wanda}");
+    let table = place.run(&["methods"]).code(0).out;
+    assert!(table.contains("QUANTIZE") && table.contains("finequant"), "{table}");
+    place.run(&["show", "finequant"]).code(0);
+}
+
+#[test]
+fn wrong_names_get_the_nearest_right_one() {
+    let place = Place::new();
+    place.run(&["inspct", "x"]).code(2).says(&["inspect"]);
+    place.run(&["apply", "wnada", "x", "-o", "y"]).code(2).says(&["wnada", "`wanda`"]);
+    place.run(&["show", "finquant"]).code(2).says(&["`finequant`"]);
+    place.run(&["methods", "--family", "prun"]).code(2).says(&["`prune`"]);
+    place.run(&["claim", "dsno"]).code(2).says(&["`dsnot`"]);
+    place.run(&["pull", "pipy:x"]).code(2).says(&["pipy"]);
+    place.run(&["pull", "builtin:tine"]).code(2).says(&["builtin:tiny"]);
+    assert!(place.names().is_empty());
+}
+
+#[test]
+fn a_device_that_was_not_built_names_its_feature() {
+    let place = Place::new();
+    if !cfg!(feature = "cuda") {
+        place.run(&["--device", "cuda", "doctor"]).code(2).says(&["--features cuda"]);
+    }
+    place.run(&["--device", "gpu", "doctor"]).code(2).says(&["vulkan"]);
+}
+
+#[test]
+fn errors_are_json_when_asked_for_json() {
+    let place = Place::new();
+    let ran = place.run(&["inspect", "nowhere", "--json"]).code(2);
+    let error: serde_json::Value = serde_json::from_str(ran.err.trim()).unwrap();
+    assert_eq!(error["error"]["code"], 2);
+    assert!(error["error"]["message"].as_str().unwrap().contains("nowhere"));
+    assert!(ran.out.is_empty());
+}
+
+#[test]
+fn doctor_and_completions() {
+    let place = Place::new();
+    let found = place.run(&["doctor", "--json", "--threads", "1"]).json();
+    assert_eq!(found["machine"]["threads"], 1);
+    assert!(found["devices"].as_array().unwrap().contains(&"cpu".into()));
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let script = place.run(&["completions", shell]).code(0).out;
+        assert!(script.contains("finequant"), "{shell} completes no methods");
+    }
+}
+
+#[test]
+fn report_draws_a_run_again() {
+    let place = Place::new();
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/run.json");
+    place.write("r/run.json", std::fs::read(fixture).unwrap());
+    place.run(&["report", "r", "--dry-run"]).code(0);
+    assert!(!place.path("r/report.html").exists());
+    place.run(&["report", "r"]).code(0);
+    let page = std::fs::read_to_string(place.path("r/report.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.contains("FineQuant"));
+    place.run(&["report", "r", "-o", "dark.html", "--theme", "dark"]).code(0);
+    assert!(
+        std::fs::read_to_string(place.path("dark.html")).unwrap().contains("data-theme=\"dark\"")
+    );
+
+    place.run(&["report", "nothing"]).code(2).says(&["nothing"]);
+    place.write("bad/run.json", "{\n\"schema\": 1,\n oops");
+    place.run(&["report", "bad"]).code(2).says(&["run.json", "line 3"]);
+    place.write("new/run.json", "{\"schema\": 99}");
+    place.run(&["report", "new"]).code(2).says(&["schema 99"]);
+}

