@@ -19,6 +19,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 const HELD_OUT_BYTES: usize = 60_000;
+/// Few pages of the calibration part may be passed on in a changed form.
+const MAN_BYTES: usize = 28_000;
 const FREE: [&str; 5] =
     ["Linux-man-pages-copyleft", "BSD-2-clause", "BSD-3-clause", "BSD-4-clause", "Expat"];
 
@@ -33,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     write(&out, "wordnet", hold_out(glosses, HELD_OUT_BYTES, |_| true)?)?;
 
     let (pages, free) = man_pages()?;
-    let parts = hold_out(pages, HELD_OUT_BYTES, |d| free.contains_key(&d.name))?;
+    let parts = hold_out(pages, MAN_BYTES, |d| free.contains_key(&d.name))?;
     let mut notices = String::new();
     for (part, documents) in [("calib", &parts.calib), ("eval", &parts.eval)] {
         for document in documents {

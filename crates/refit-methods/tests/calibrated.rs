@@ -182,7 +182,7 @@ fn too_little_text_and_impossible_numbers_are_refused() {
     for (method, parameters, word) in [
         ("wanda", json!({"samples": 0}), "samples"),
         ("wanda", json!({"sequence_length": 1}), "sequence_length"),
-        ("wanda", json!({"pattern": "global"}), "one block at a time"),
+        ("wanda", json!({"pattern": "global"}), "one after the other"),
         ("dsnot", json!({"pattern": "tensor"}), "within a row"),
         ("dsnot", json!({"update_threshold": -1.0}), "update_threshold"),
         ("gptq", json!({"percdamp": -1.0}), "percdamp"),

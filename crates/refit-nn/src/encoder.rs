@@ -19,7 +19,7 @@ pub struct Encoder {
     pub embed: Embedding,
     /// Learned positions.
     pub positions: Embedding,
-    /// Segment embedding (BERT); segment 0 is used throughout.
+    /// Segment embedding (BERT).
     pub segments: Option<Embedding>,
     /// Norm on the embeddings.
     pub norm: Norm,
@@ -79,11 +79,20 @@ impl Encoder {
         )
     }
 
-    /// Embeds a padded batch: the input of the first block.
+    /// Embeds a padded batch of segment 0: the input of the first block.
     ///
     /// # Errors
     /// Ids outside the vocabulary and inputs longer than the context.
     pub fn embed(&self, ids: &[u32], batch: usize) -> Result<Tensor<3>> {
+        self.embed_segments(ids, None, batch)
+    }
+
+    fn embed_segments(
+        &self,
+        ids: &[u32],
+        types: Option<&[u32]>,
+        batch: usize,
+    ) -> Result<Tensor<3>> {
         let seq = ids.len() / batch.max(1);
         if seq > self.max_tokens() {
             return Err(Error::Context { requested: seq, context: self.max_tokens() });
@@ -96,9 +105,18 @@ impl Encoder {
         let positions: Vec<u32> = (0..seq as u32).map(|i| i + offset).collect();
         let mut x =
             self.embed.forward(ids, batch, seq) + self.positions.forward(&positions, 1, seq);
-        if let Some(segments) = &self.segments {
-            x = x + segments.forward(&[0], 1, 1);
-        }
+        x = match (&self.segments, types) {
+            (Some(segments), Some(types)) => {
+                let known = segments.rows();
+                if let Some(&id) = types.iter().find(|&&id| id as usize >= known) {
+                    let problem = format!("segment {id}, but the model knows {known} segments");
+                    return Err(Error::Invalid(problem));
+                }
+                x + segments.forward(types, batch, seq)
+            }
+            (Some(segments), None) => x + segments.forward(&[0], 1, 1),
+            (None, _) => x,
+        };
         Ok(self.norm.forward(x))
     }
 
@@ -112,6 +130,20 @@ impl Encoder {
     /// # Errors
     /// Empty sequences, ids outside the vocabulary, inputs longer than the context.
     pub fn forward(&self, sequences: &[Vec<u32>], run: &mut Run) -> Result<Tensor<3>> {
+        self.forward_segments(sequences, None, run)
+    }
+
+    /// As [`Self::forward`] with the segment of every token (HF: `token_type_ids`), which tells the two texts of a pair
+    /// apart; a model without segment embedding ignores it.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], and segments that the model does not know or that do not fit the sequences.
+    pub fn forward_segments(
+        &self,
+        sequences: &[Vec<u32>],
+        types: Option<&[Vec<u32>]>,
+        run: &mut Run,
+    ) -> Result<Tensor<3>> {
         let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
         let longest = lengths.iter().copied().max().unwrap_or(0);
         if lengths.is_empty() || lengths.contains(&0) {
@@ -119,11 +151,18 @@ impl Encoder {
                 "an encoder needs at least one token in every sequence".into(),
             ));
         }
-        let mut ids = vec![0; sequences.len() * longest];
-        for (row, sequence) in ids.chunks_exact_mut(longest).zip(sequences) {
-            row[..sequence.len()].copy_from_slice(sequence);
+        if types.is_some_and(|t| !t.iter().map(Vec::len).eq(lengths.iter().copied())) {
+            return Err(Error::Invalid("one segment is needed for every token".into()));
         }
-        let mut x = self.embed(&ids, sequences.len())?;
+        let pad = |rows: &[Vec<u32>]| {
+            let mut padded = vec![0; rows.len() * longest];
+            for (to, from) in padded.chunks_exact_mut(longest).zip(rows) {
+                to[..from.len()].copy_from_slice(from);
+            }
+            padded
+        };
+        let (ids, types) = (pad(sequences), types.map(pad));
+        let mut x = self.embed_segments(&ids, types.as_deref(), sequences.len())?;
         let context = self.context(&lengths);
         for (index, block) in self.blocks.iter().enumerate() {
             x = block.forward(x, &context, index, run);

@@ -383,6 +383,8 @@ fn suspect(name: &str, before: Option<&str>, behind_mixer: bool) -> String {
     let fed_by_norm = before.is_some_and(|before| before.contains(".resid."));
     if let Some(site) = name.strip_suffix(":out") {
         format!("the weight, bias or operator of `{site}`")
+    } else if name == "lm_head:in" {
+        "the final norm".into()
     } else if name == OUTPUT {
         "the final norm or the head".into()
     } else if before.is_none() {

@@ -189,7 +189,9 @@ mod calibration {
             )
             .unwrap();
             assert_eq!((visits, summary.blocks, summary.tokens), (2, 2, 53), "{name}");
-            assert!(summary.warnings.is_empty(), "{:?}", summary.warnings);
+            // 53 tokens cannot fill the Hessian of a wider site, and that must be said.
+            let singular = |w: &String| w.contains("Hessian is singular");
+            assert!(summary.warnings.iter().all(singular), "{:?}", summary.warnings);
         }
     }
 
@@ -446,7 +448,7 @@ mod differences {
         check(model, "layers.1.self_attn.o_proj:in", "attention");
         let mut model = decoder("llama");
         model.frame.norm.eps = 0.5;
-        check(model, differential::OUTPUT, "final norm");
+        check(model, "lm_head:in", "final norm");
     }
 
     #[test]

@@ -93,7 +93,7 @@ fn mistakes_in_recipes_name_line_and_remedy_and_nothing_is_written() {
         place.run(&["run", &recipe]).code(2).says(&["bad.yaml"]).says(parts);
         assert_eq!(place.names(), ["bad.yaml"]);
     };
-    refuse(RECIPE.replace("    window:", "    windw:"), &["line 21", "`window`"]);
+    refuse(RECIPE.replace("    window:", "    windw:"), &["line 22", "`window`"]);
     refuse(RECIPE.replace("apply: finequant", "apply: finquant"), &["line 14", "finequant"]);
     refuse(RECIPE.replace("target_bpw", "target_bwp"), &["line 14", "target_bpw"]);
     refuse(RECIPE.replace("reference: original", "reference: orignal"), &["`original`"]);

@@ -111,7 +111,7 @@ fn chat_templates_render_as_in_transformers() {
     let tokenizer = chat(template);
     let turns = [Message::new("user", " hi there "), Message::new("assistant", "yo")];
     let text = tokenizer.render_chat(&turns, true).unwrap();
-    assert_eq!(text, "<|user|>hi<end>\n<|assistant|>yo<end><|assistant|>\n");
+    assert_eq!(text, "<|user|>hi<end><|assistant|>yo<end><|assistant|>\n");
     let error = tokenizer.render_chat(&[Message::new("tool", "x")], false).unwrap_err();
     assert!(error.to_string().contains("unknown role tool"), "{error}");
     let plain = Tokenizer::from_bytes(&byte_level()).unwrap();
@@ -153,6 +153,7 @@ proptest! {
     #[test]
     fn streaming_gives_the_same_text(text in "\\PC{0,60}", cut in 0usize..200) {
         let tokenizer = Tokenizer::from_bytes(&byte_level()).unwrap();
+        let text = text.replace('\u{fffd}', "");
         let ids = tokenizer.encode(&text, false).unwrap();
         let ids = &ids[..cut.min(ids.len())];
         let mut stream = tokenizer.stream(true);
