@@ -9,6 +9,7 @@ use crate::run::Run;
 
 /// How query, key and value projections are stored.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // one per block: the weights dwarf it
 pub enum Projections {
     /// Three matrices.
     Separate(Separate),
@@ -139,6 +140,7 @@ fn split_qkv(
 
 /// How channels mix.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // one per block: the weights dwarf it
 pub enum Ffn {
     /// `down(act(gate x) * up x)`.
     Gated(GatedMlp),
@@ -160,6 +162,7 @@ pub struct GatedMlp {
 
 /// Storage of the gate and up projections.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // one per block: the weights dwarf it
 pub enum GateUp {
     /// Two matrices.
     Separate(GateAndUp),

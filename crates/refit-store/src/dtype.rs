@@ -79,7 +79,7 @@ impl DType {
         let numel = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d as u64))?;
         let block = self.block_len() as u64;
         let row = shape.last().copied().unwrap_or(1) as u64;
-        if row % block != 0 {
+        if !row.is_multiple_of(block) {
             return None;
         }
         (numel / block).checked_mul(self.block_bytes() as u64)

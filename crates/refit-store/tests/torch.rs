@@ -73,7 +73,7 @@ fn archive(members: &[(&str, &[u8])]) -> Vec<u8> {
 
 /// The pickle of `{"w": tensor}` over `numel` floats with this offset, shape and stride.
 fn tensor_pickle(numel: u8, offset: u8, shape: u8, stride: u8) -> Vec<u8> {
-    let mut pickle = b"\x80\x02}(X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\00X\x03\0\0\0cpuK".to_vec();
+    let mut pickle = b"\x80\x02}(X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK".to_vec();
     pickle.push(numel);
     pickle.extend(b"tQK");
     pickle.push(offset);
@@ -114,7 +114,7 @@ fn every_way_to_run_code_is_refused_by_name() {
     let cases: &[(&[u8], &str)] = &[
         (b"\x80\x02cos\nsystem\nX\x02\0\0\0id\x85R.", "os.system"),
         (b"\x80\x02cposix\nsystem\nX\x02\0\0\0id\x85R.", "posix.system"),
-        (b"\x80\x02c__builtin__\neval\nX\x01\0\0\01\x85R.", "__builtin__.eval"),
+        (b"\x80\x02c__builtin__\neval\nX\x01\0\0\x001\x85R.", "__builtin__.eval"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x02id\x85R.", "os.system"),
         // Names that only begin like allowed ones, and attributes reached through dots.
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2.__globals__\n.", "__globals__"),

@@ -64,7 +64,7 @@ pub fn check(records: &Records, text: &str, labels: Option<Labels>) -> Result<Ve
         let line = row.line;
         let value = label.map(|at| &row.values[at]);
         if let (Some(value), Some(labels)) = (value, labels)
-            && !value.as_u64().is_some_and(|v| v < labels.classes as u64)
+            && value.as_u64().is_none_or(|v| v >= labels.classes as u64)
         {
             findings.push(Finding::BadLabel { line, label: value.to_string() });
         }

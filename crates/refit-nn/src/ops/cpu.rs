@@ -162,7 +162,7 @@ simd! {
             },
             Activation::GeluTanh => for (o, &x) in out.iter_mut().zip(x) {
                 // 0.5 (1 + tanh u) = 1 / (1 + e^(-2u))
-                let u = 0.797_884_56 * (x + 0.044_715 * x * x * x);
+                let u = 0.797_884_6 * (x + 0.044_715 * x * x * x);
                 *o = x / (1.0 + exp::<FMA>(-2.0 * u));
             },
             Activation::QuickGelu => for (o, &x) in out.iter_mut().zip(x) {
@@ -263,6 +263,7 @@ simd! {
 }
 
 /// Softmax attention on `q [batch, seq, heads*dim]`, `k`, `v` `[batch, keys, kv_heads*dim]`; see [`super::attention`].
+#[allow(clippy::too_many_arguments)] // three operands, their three extents, where it goes and how
 pub fn attention(
     q: &[f32],
     k: &[f32],
@@ -288,7 +289,7 @@ pub fn attention(
         let v = &v[b * keys * kv_width + kv_head * dim..(b + 1) * keys * kv_width];
         let limit = spec.visible(b, first + count - 1, keys).end;
         let mut scores = vec![0.0f32; count * limit];
-        let out = out;
+        let out = &out;
         // SAFETY: every task writes its own rows and columns of `out`; the strides stay inside the slices
         // because limit <= keys and the head offsets are below the row widths.
         unsafe {

@@ -92,7 +92,7 @@ fn rope_and_attention_match_the_composition() {
     check(&spec);
     // One query row, as in decoding.
     let q = random([1, 1, heads * dim], &device);
-    let one = |x: &Tensor<3>| x.clone().slice([0..1]);
+    let one = |x: &Tensor<3>| x.clone().narrow(0, 0, 1);
     spec = AttentionSpec { causal: Some(keys - 1), lengths: None, softcap: None, ..spec };
     let fused = attention(q.clone(), one(&k), one(&v), &spec);
     assert_close(&fused, &attention(plain(&q), plain(&one(&k)), plain(&one(&v)), &spec), 2e-5);

@@ -45,7 +45,7 @@ impl VisionTransformer {
         let image_size = raw.usize("image_size").unwrap_or(224);
         let patch = raw.usize("patch_size").unwrap_or(16);
         let channels = raw.usize("num_channels").unwrap_or(3);
-        if patch == 0 || image_size % patch != 0 {
+        if patch == 0 || !image_size.is_multiple_of(patch) {
             let problem = format!("{patch} does not divide image_size = {image_size}");
             return Err(Error::Config { key: "patch_size".into(), problem });
         }

@@ -151,7 +151,7 @@ fn check(name: String, raw: RawTensor, available: u64) -> Result<Tensor, TensorF
 
 /// Sorts by position; every byte of data must belong to exactly one tensor.
 fn check_layout(path: &Path, tensors: &mut [Tensor], available: u64) -> Result<()> {
-    tensors.sort_by(|a, b| (a.begin, a.info.nbytes).cmp(&(b.begin, b.info.nbytes)));
+    tensors.sort_by_key(|t| (t.begin, t.info.nbytes));
     let mut at = 0;
     let mut previous = "";
     for tensor in tensors.iter() {

@@ -123,7 +123,7 @@ impl Method for Dsnot {
             let expected = "row or N:M: swaps are made within a row and keep its count";
             return Err(Error::range(name, "pattern", self.pattern, expected));
         }
-        if !(self.update_threshold >= 0.0) {
+        if self.update_threshold.is_nan() || self.update_threshold < 0.0 {
             let expected = "a number from 0 on";
             return Err(Error::range(name, "update_threshold", self.update_threshold, expected));
         }

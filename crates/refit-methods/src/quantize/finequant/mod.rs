@@ -217,8 +217,7 @@ impl Method for FineQuant {
             (self.g_max == Group::Size(self.g_min)).then_some(self.g_min),
         );
         if let Some(target) = self.target_bpw {
-            // Not `target < least`: that lets NaN through.
-            if !(target >= least) {
+            if target.is_nan() || target < least {
                 let expected = format!(
                     "at least {least:.4} bits per weight with {}-bit codes and the largest groups; \
                      take fewer bits for less",
