@@ -171,6 +171,18 @@ impl Artifact {
         &self.resolved().report
     }
 
+    /// Refuses a model that cannot be run or changed as a whole: tensors that its configuration promises are missing
+    /// or have another shape. Tensors that nothing asks for are no error ([`LoadReport::strays`]).
+    ///
+    /// # Errors
+    /// [`Error::Misfit`] with the counts and the first few names.
+    pub fn check_fit(&self) -> Result<()> {
+        match self.load_report().misfit() {
+            Some(problems) => Err(Error::Misfit { path: self.path.clone(), problems }),
+            None => Ok(()),
+        }
+    }
+
     fn resolved(&self) -> &Resolved {
         self.resolved.get_or_init(|| {
             let tensors = self.infos.iter().map(|info| (&*info.name, &*info.shape));

@@ -7,9 +7,10 @@ use std::fmt;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use crate::architecture::Role;
 use crate::artifact::{Artifact, TensorInfo};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Elements read at a time.
 const CHUNK: usize = 1 << 16;
@@ -61,7 +62,7 @@ impl fmt::Display for Finding {
             Self::NotFinite { tensor, nan, infinite, first } => {
                 write!(
                     f,
-                    "tensor `{tensor}`: {nan} NaN and {infinite} infinite values, first at {first}"
+                    "tensor `{tensor}` holds {nan} NaN and {infinite} infinite values, first at index {first}"
                 )
             }
             Self::ZeroRows { tensor, rows, of, first } => {
@@ -137,6 +138,55 @@ impl Artifact {
         let found: Vec<Vec<Finding>> =
             floats.par_iter().map(|info| self.findings(info)).collect::<Result<_>>()?;
         Ok(found.into_iter().flatten().collect())
+    }
+
+    /// Refuses NaN and infinite weights: reads every floating-point tensor once, on all threads. What a described
+    /// architecture knows to be a buffer may hold infinities (attention masks do).
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] with the first few tensors, and whatever reading meets.
+    pub fn check_finite(&self) -> Result<()> {
+        const SHOWN: usize = 3;
+        let architecture = self.architecture();
+        let is_weight = |info: &&TensorInfo| {
+            let buffer = !architecture.inferred
+                && architecture.site(&info.name).is_some_and(|site| site.role == Role::Other);
+            info.dtype.is_float() && !buffer
+        };
+        let weights: Vec<&TensorInfo> = self.tensors().iter().filter(is_weight).collect();
+        // A first pass without branches; only what it finds is looked at closely.
+        let broken = weights
+            .par_iter()
+            .with_max_len(1)
+            .map(|info| self.is_finite(info).map(|finite| (!finite).then_some(*info)))
+            .filter_map(Result::transpose)
+            .collect::<Result<Vec<_>>>()?;
+        let mut problems = Vec::new();
+        for info in broken.iter().take(SHOWN) {
+            let fatal = self.findings(info)?.into_iter().filter(Finding::is_fatal);
+            problems.extend(fatal.map(|finding| finding.to_string()));
+        }
+        if broken.is_empty() {
+            return Ok(());
+        }
+        if broken.len() > SHOWN {
+            problems.push(format!("{} more tensors", broken.len() - SHOWN));
+        }
+        Err(Error::NotFinite { path: self.path().to_owned(), problems: problems.join(", ") })
+    }
+
+    fn is_finite(&self, info: &TensorInfo) -> Result<bool> {
+        let numel = info.numel();
+        let mut buffer = vec![0.0f32; CHUNK.min(numel)];
+        for start in (0..numel).step_by(CHUNK) {
+            let values = &mut buffer[..CHUNK.min(numel - start)];
+            self.read_f32_into(&info.name, start, values)?;
+            // 0 x is NaN exactly when x is not finite, and sums of zeros vectorize.
+            if values.iter().map(|x| x * 0.0).sum::<f32>() != 0.0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn findings(&self, info: &TensorInfo) -> Result<Vec<Finding>> {

@@ -30,7 +30,7 @@ pub enum Error {
     },
     /// The file ends before its own header says it should.
     #[error(
-        "{path}: truncated: {what} needs {need} bytes but the file has {have}; download it again",
+        "{path}: truncated or damaged: {what} needs {need} bytes but the file has {have}; download it again",
         path = path.display()
     )]
     Truncated {
@@ -103,6 +103,31 @@ pub enum Error {
         /// Up to three names that are close.
         nearest: Vec<String>,
     },
+    /// Tensors that are missing or have another shape than the configuration promises.
+    #[error(
+        "{path}: the weights do not fit config.json: {problems}; get the complete model again or \
+         correct config.json (`refit inspect {path}` shows every difference)",
+        path = path.display()
+    )]
+    Misfit {
+        /// The artifact.
+        path: PathBuf,
+        /// What does not fit: counts, and the first few names.
+        problems: String,
+    },
+    /// Values that are NaN or infinite where weights are expected.
+    #[error(
+        "{path}: {problems}: the weights are damaged, or overflowed when they were saved; get them \
+         again or save them in a wider type (`refit inspect --values {path}` lists every tensor that \
+         is affected)",
+        path = path.display()
+    )]
+    NotFinite {
+        /// The artifact.
+        path: PathBuf,
+        /// The first few tensors with counts and positions.
+        problems: String,
+    },
     /// A read or write outside a tensor.
     #[error("tensor `{tensor}`: range {start}..{end} lies outside its {len} {unit}")]
     OutOfRange {
@@ -152,7 +177,7 @@ pub enum Error {
     /// Not enough room for the output.
     #[error(
         "{path}: disk full: {need} bytes needed, {available} available; free space or choose another \
-         output directory (nothing was written to the output)",
+         output directory (the output was not written)",
         path = path.display()
     )]
     DiskFull {
@@ -162,6 +187,18 @@ pub enum Error {
         need: u64,
         /// Bytes that are free.
         available: u64,
+    },
+    /// A file that the file system or the user's limits do not allow to be so large.
+    #[error(
+        "{path}: a file of {need} bytes is more than the file system or `ulimit -f` allows; raise the limit \
+         or choose another output directory (the output was not written)",
+        path = path.display()
+    )]
+    FileTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that it takes.
+        need: u64,
     },
     /// Another process is writing the same output.
     #[error("{path} is being written by another refit process; wait for it or choose another output", path = path.display())]
@@ -203,7 +240,8 @@ pub enum Error {
 pub enum TensorFault {
     /// Its bytes lie (partly) outside the data.
     #[error(
-        "bytes {start}..{end} lie outside the file's {available} bytes of data; the file is damaged"
+        "bytes {start}..{end} lie outside the file's {available} bytes of data; the file is truncated or \
+         damaged: download it again"
     )]
     OutOfBounds {
         /// First byte, from the start of the data.
@@ -214,7 +252,10 @@ pub enum TensorFault {
         available: u64,
     },
     /// Begin and end are the wrong way round.
-    #[error("its data begins at byte {start}, after its end at {end}")]
+    #[error(
+        "its data begins at byte {start}, after its end at {end}; the header is damaged: download the \
+         file again"
+    )]
     Backwards {
         /// First byte.
         start: u64,
@@ -222,19 +263,27 @@ pub enum TensorFault {
         end: u64,
     },
     /// Two tensors share bytes.
-    #[error("its bytes overlap those of `{other}`")]
+    #[error(
+        "its bytes overlap those of `{other}`; the header is damaged or forged: get the file again from \
+         its source"
+    )]
     Overlaps {
         /// The other tensor.
         other: String,
     },
     /// Bytes between tensors belong to none (safetensors forbids holes).
-    #[error("{bytes} bytes before it belong to no tensor; safetensors allows no holes")]
+    #[error(
+        "{bytes} bytes before it belong to no tensor; safetensors allows no holes; save the file again"
+    )]
     Hole {
         /// Size of the hole.
         bytes: u64,
     },
     /// The byte count is not shape x element size.
-    #[error("shape {shape:?} of {dtype} takes {expected} bytes, but {found} are declared")]
+    #[error(
+        "shape {shape:?} of {dtype} takes {expected} bytes, but {found} are declared; the header is \
+         damaged: download the file again"
+    )]
     SizeMismatch {
         /// The declared shape.
         shape: Vec<usize>,
@@ -246,25 +295,29 @@ pub enum TensorFault {
         found: u64,
     },
     /// The product of the dimensions does not fit into 64 bits.
-    #[error("the size of shape {shape:?} overflows")]
+    #[error(
+        "the size of shape {shape:?} overflows; the header is damaged: download the file again"
+    )]
     Overflow {
         /// The declared shape.
         shape: Vec<u64>,
     },
     /// An element type that refit does not know.
-    #[error("element type {dtype} is not supported")]
+    #[error("element type {dtype} is not one that refit reads; save the file in f32, f16 or bf16")]
     UnknownDType {
         /// As stored.
         dtype: String,
     },
     /// The name occurs twice.
-    #[error("the name occurs twice{}", also_in(other))]
+    #[error("the name occurs twice{}; keep one of them", also_in(other))]
     Duplicate {
         /// The other file, when it is another one.
         other: Option<PathBuf>,
     },
     /// A block-quantized row is not a whole number of blocks.
-    #[error("rows of {columns} elements cannot be cut into {dtype} blocks of {block}")]
+    #[error(
+        "rows of {columns} elements cannot be cut into {dtype} blocks of {block}; the header is damaged: download the file again"
+    )]
     BlockMismatch {
         /// Elements per row.
         columns: usize,
@@ -283,7 +336,9 @@ pub enum TensorFault {
 #[non_exhaustive]
 pub enum ShardFault {
     /// The name is absolute, climbs out with `..`, or leads out through a symbolic link.
-    #[error("points outside the model directory; refusing to follow it")]
+    #[error(
+        "points outside the model directory, and refit does not follow it; put the file beside the index"
+    )]
     Outside,
     /// The file is not there.
     #[error("missing, though the index puts `{tensor}` there; download the missing file")]
@@ -292,13 +347,15 @@ pub enum ShardFault {
         tensor: String,
     },
     /// The shard exists but lacks a tensor.
-    #[error("does not contain `{tensor}`, though the index says so")]
+    #[error(
+        "does not contain `{tensor}`, though the index says so; download shard and index again"
+    )]
     LacksTensor {
         /// The tensor.
         tensor: String,
     },
     /// The shard is of another format.
-    #[error("is not a {expected} file")]
+    #[error("is not a {expected} file like the others; all shards must have one format")]
     WrongFormat {
         /// What it should be.
         expected: &'static str,

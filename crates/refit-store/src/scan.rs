@@ -15,7 +15,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::artifact::Artifact;
+use crate::error::{Error, Result, ShardFault};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -86,8 +87,44 @@ pub fn scan(path: &Path) -> Result<ScanReport> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         scan_file(path, &name, &mut report)?;
     }
+    whole(path, &mut report);
     report.findings.sort_by(|a, b| b.severity.cmp(&a.severity).then_with(|| a.file.cmp(&b.file)));
     Ok(report)
+}
+
+/// What only the whole model shows: shards that lead out of it, and tensors that do not fit its config.
+fn whole(path: &Path, report: &mut ScanReport) {
+    if !path.is_dir() && !is_model_name(&path.to_string_lossy()) {
+        return;
+    }
+    let (opened, sound) = (Artifact::open(path), report.is_safe());
+    let file = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let mut findings = Findings { file, report };
+    match opened {
+        Ok(artifact) => {
+            let fit = artifact.load_report();
+            if let Some(problems) = fit.misfit() {
+                findings
+                    .add(Severity::Note, format!("the weights do not fit config.json: {problems}"));
+            }
+            if let Some(strays) = fit.strays() {
+                findings.add(
+                    Severity::Note,
+                    format!("{strays} that the architecture of config.json does not have"),
+                );
+            }
+        }
+        Err(Error::BadShard { index, shard, reason: ShardFault::Outside }) => {
+            findings.file = index.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            findings.add(Severity::Danger, format!("shard `{shard}` {}", ShardFault::Outside));
+        }
+        Err(Error::NotAnArtifact { .. }) => {}
+        // What is already known to be dangerous need not be said in two ways.
+        Err(error) if sound => {
+            findings.add(Severity::Warning, format!("refit cannot open it: {error}"));
+        }
+        Err(_) => {}
+    }
 }
 
 /// Findings about one file.
@@ -195,23 +232,18 @@ fn scan_file(path: &Path, name: &str, report: &mut ScanReport) -> Result<()> {
     Ok(())
 }
 
+/// Names under which refit opens models.
+fn is_model_name(name: &str) -> bool {
+    ends_with_one_of(name, &[".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".gguf"])
+}
+
 fn is_weight_name(name: &str) -> bool {
+    is_model_name(name) || ends_with_one_of(name, &[".pkl", ".joblib", ".h5", ".npy", ".npz"])
+}
+
+fn ends_with_one_of(name: &str, extensions: &[&str]) -> bool {
     let lower = name.to_lowercase();
-    [
-        ".pth",
-        ".pt",
-        ".bin",
-        ".pkl",
-        ".ckpt",
-        ".safetensors",
-        ".gguf",
-        ".joblib",
-        ".h5",
-        ".npy",
-        ".npz",
-    ]
-    .iter()
-    .any(|extension| lower.ends_with(extension))
+    extensions.iter().any(|extension| lower.ends_with(extension))
 }
 
 /// Members of a PyTorch archive beside the pickle: raw storages and a few words about them.

@@ -56,14 +56,17 @@ impl ArtifactWriter {
     pub fn create(out: &Path, plan: WritePlan) -> Result<Self> {
         let layout = FileLayout::new(out, &plan)?;
         check_output(out, plan.force)?;
-        if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            fs::create_dir_all(parent).map_err(|error| Error::io(parent, "create", error))?;
-        }
         let mut side_bytes = 0;
         for file in &plan.side_files {
             side_bytes += side_len(file)?;
         }
-        let Stage { dir, files, journal, done } = Stage::open(out, &layout, side_bytes)?;
+        let made = create_parents(out)?;
+        let opened = Stage::open(out, &layout, side_bytes);
+        if opened.is_err() {
+            // Only those that are empty again; the failure that is reported is the one that matters.
+            made.iter().for_each(|dir| drop(fs::remove_dir(dir)));
+        }
+        let Stage { dir, files, journal, done } = opened?;
         let written = layout.slots.iter().map(|_| AtomicU64::new(0)).collect();
         Ok(Self {
             out: out.to_owned(),
@@ -75,6 +78,28 @@ impl ArtifactWriter {
             journal: Mutex::new((journal, done)),
             written,
         })
+    }
+
+    /// Removes what an unfinished run left for `out`, for callers that know that no later run can use it. Leaves it
+    /// where another process is at work there.
+    pub fn discard(out: &Path) -> Result<()> {
+        let Some(dir) = staging_dir(out).filter(|dir| dir.exists()) else { return Ok(()) };
+        stage::check_idle(&dir)?;
+        fs::remove_dir_all(&dir).map_err(|error| Error::io(&dir, "remove", error))
+    }
+
+    /// Whether `out` could be written: it is absent or empty (or `force` is set), and the directory that it will
+    /// lie in, or the nearest one that exists, takes new files. For checks before long work.
+    pub fn check(out: &Path, force: bool) -> Result<()> {
+        check_output(out, force)?;
+        let mut parent = out.parent().unwrap_or(out);
+        while !parent.as_os_str().is_empty() && !parent.exists() {
+            parent = parent.parent().unwrap_or(Path::new(""));
+        }
+        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+        use rustix::fs::{Access, access};
+        access(parent, Access::WRITE_OK | Access::EXEC_OK)
+            .map_err(|error| Error::io(parent, "write into the directory", error.into()))
     }
 
     /// True if the tensor is complete, in this run or in the interrupted one that this run continues.
@@ -269,6 +294,20 @@ impl ArtifactWriter {
     }
 }
 
+/// Creates the directories above `out`; returns those that were not there, innermost first.
+fn create_parents(out: &Path) -> Result<Vec<PathBuf>> {
+    let parents = out.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty());
+    let made: Vec<PathBuf> =
+        parents.take_while(|parent| !parent.exists()).map(Path::to_owned).collect();
+    if let Some(parent) = made.first() {
+        fs::create_dir_all(parent).map_err(|error| {
+            made.iter().for_each(|dir| drop(fs::remove_dir(dir)));
+            Error::io(parent, "create", error)
+        })?;
+    }
+    Ok(made)
+}
+
 fn remove(path: &Path) -> std::io::Result<()> {
     if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
 }
@@ -286,14 +325,12 @@ fn check_output(out: &Path, force: bool) -> Result<()> {
             _ => Ok(()),
         },
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
-            if force {
-                Ok(())
-            } else {
-                Err(Error::OutputExists { path: out.to_owned() })
-            }
-        }
-        Err(error) => Err(Error::io(out, "open", error)),
+        // The output itself is a file; with a file among its parents there would be nothing there.
+        Err(_) if out.symlink_metadata().is_ok_and(|meta| !meta.is_dir()) => match force {
+            true => Ok(()),
+            false => Err(Error::OutputExists { path: out.to_owned() }),
+        },
+        Err(error) => Err(Error::io(out, "create", error)),
     }
 }
 

@@ -245,7 +245,7 @@ fn broken_values_are_found_with_their_place() {
     assert_eq!(
         lines,
         [
-            "tensor `w`: 1 NaN and 1 infinite values, first at 1",
+            "tensor `w` holds 1 NaN and 1 infinite values, first at index 1",
             "tensor `w`: 1 of 4 rows are all zero, first row 2",
         ]
     );

@@ -8,19 +8,24 @@ use refit_store::Artifact;
 
 use crate::cli::App;
 use crate::failure::{Failure, Result};
-use crate::inputs::Text;
+use crate::inputs::{self, Text};
 
 /// The device of `--device`.
 pub fn device(app: &App) -> Result<BurnDevice> {
     Ok(refit_nn::device(app.global.device.as_str())?)
 }
 
-/// Brings any model to life.
+/// Brings any model to life. Every tensor that its config promises must be there with its shape; tensors
+/// that the architecture does not have are said and left alone.
 pub fn load(app: &App, artifact: &Artifact) -> Result<Model> {
+    artifact.check_fit()?;
+    if let Some(warning) = inputs::strays(artifact) {
+        app.progress.note(&format!("warning: {warning}"));
+    }
     app.progress.begin("loading the model", 0, "");
     let model = Model::load(artifact, &device(app)?);
     app.progress.end();
-    Ok(model?)
+    model.map_err(|error| Failure::from(error).about(artifact.path()))
 }
 
 /// Brings a language model to life; any other kind is an error that says what fits.

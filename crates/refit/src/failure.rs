@@ -51,6 +51,12 @@ impl Failure {
         Self { message: format!("{place}: {}", self.message), ..self }
     }
 
+    /// The same failure, with the file that it is about in front unless the message names it already.
+    pub fn about(self, path: &Path) -> Self {
+        let path = path.display().to_string();
+        if self.message.contains(&path) { self } else { self.within(path) }
+    }
+
     /// Wraps a library's error: exit code 3 when an I/O error is at its root, else 2.
     pub fn from_error(error: &(dyn std::error::Error + 'static)) -> Self {
         Self { code: code_of(error), message: chain(error) }
@@ -73,8 +79,9 @@ fn code_of(error: &(dyn std::error::Error + 'static)) -> Code {
                 _ => Code::System,
             };
         }
-        if let Some(refit_store::Error::DiskFull { .. } | refit_store::Error::Busy { .. }) =
-            error.downcast_ref::<refit_store::Error>()
+        use refit_store::Error as Store;
+        if let Some(Store::DiskFull { .. } | Store::FileTooLarge { .. } | Store::Busy { .. }) =
+            error.downcast_ref()
         {
             return Code::System;
         }

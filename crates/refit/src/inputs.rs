@@ -4,10 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use refit_data::corpus;
+use refit_store::architecture::Kind;
 use refit_store::source::{self, PullOptions, Pulled};
 use refit_store::{Artifact, hash};
 
 use crate::cli::App;
+use crate::engine;
 use crate::failure::{Failure, Result};
 
 /// A model that was found and opened.
@@ -42,6 +44,39 @@ pub fn open(app: &App, source: &str) -> Result<Opened> {
     let path = pull(app, source, false)?.path;
     let artifact = Arc::new(Artifact::open(&path)?);
     Ok(Opened { source: source.to_owned(), path, artifact })
+}
+
+/// Refuses a model of another kind than `verb` runs, before anything else is read; the message says which
+/// verb does run it.
+pub fn check_kind(artifact: &Artifact, verb: &str) -> Result {
+    let (is, verbs): (_, &[&str]) = match artifact.architecture().kind {
+        Kind::Encoder => ("a text encoder", &["embed"]),
+        Kind::Vision => ("an image model", &["classify"]),
+        _ => ("a language model", &["eval", "generate"]),
+    };
+    match verbs.contains(&verb) {
+        true => Ok(()),
+        false => Err(engine::wrong_kind(artifact, verb, is, &format!("refit {}", verbs[0]))),
+    }
+}
+
+/// What to say about tensors that the architecture does not have: often a model under a wrong `model_type`.
+pub fn strays(artifact: &Artifact) -> Option<String> {
+    let strays = artifact.load_report().strays()?;
+    Some(format!(
+        "{}: {strays} that architecture `{}` does not have; running the model ignores them, methods copy \
+         them as they are",
+        artifact.path().display(),
+        artifact.architecture().model_type
+    ))
+}
+
+/// What made running a model fail: its weights, where they are not finite, else what was met on the way.
+pub fn blame_weights(artifact: &Artifact, failure: Failure) -> Failure {
+    match artifact.check_finite() {
+        Err(error @ refit_store::Error::NotFinite { .. }) => error.into(),
+        _ => failure.about(artifact.path()),
+    }
 }
 
 /// A text with its name.

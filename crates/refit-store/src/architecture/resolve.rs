@@ -59,6 +59,54 @@ impl LoadReport {
     pub fn is_clean(&self) -> bool {
         self.missing.is_empty() && self.unexpected.is_empty() && self.misshaped.is_empty()
     }
+
+    /// What keeps the model from being run or changed, in one line: missing and mis-shaped tensors, counted, with
+    /// the first few names. `None` when there is nothing of the kind; unexpected tensors do no harm.
+    pub fn misfit(&self) -> Option<String> {
+        let missing = self.missing.iter().map(|stray| match &stray.nearest {
+            Some(nearest) => format!("`{}` (stored instead: `{nearest}`?)", stray.name),
+            None => format!("`{}`", stray.name),
+        });
+        let misshaped = self.misshaped.iter().map(Misshaped::to_string);
+        let parts = [("missing", few(missing)), ("of another shape", few(misshaped))];
+        let parts: Vec<_> = parts
+            .into_iter()
+            .filter_map(|(what, few)| few.map(|(count, few)| format!("{count} {what} ({few})")))
+            .collect();
+        (!parts.is_empty()).then(|| parts.join("; "))
+    }
+
+    /// Tensors that the architecture does not have, in one line; `None` when there are none.
+    pub fn strays(&self) -> Option<String> {
+        let names = self.unexpected.iter().map(|stray| match &stray.nearest {
+            Some(nearest) => format!("`{}` (meant as `{nearest}`?)", stray.name),
+            None => format!("`{}`", stray.name),
+        });
+        few(names).map(|(count, few)| format!("{count} ({few})"))
+    }
+}
+
+/// How many there are, as `3 tensors`, and the first three; `None` for none.
+fn few(items: impl ExactSizeIterator<Item = String>) -> Option<(String, String)> {
+    const SHOWN: usize = 3;
+    let count = items.len();
+    let mut text = items.take(SHOWN).collect::<Vec<_>>().join(", ");
+    if count > SHOWN {
+        text.push_str(&format!(" and {} more", count - SHOWN));
+    }
+    let tensors = if count == 1 { "tensor" } else { "tensors" };
+    (count > 0).then(|| (format!("{count} {tensors}"), text))
+}
+
+impl fmt::Display for Misshaped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let expected: Vec<_> = self
+            .expected
+            .iter()
+            .map(|dim| dim.map_or_else(|| "?".to_owned(), |dim| dim.to_string()))
+            .collect();
+        write!(f, "`{}` is {:?}, the config says [{}]", self.name, self.found, expected.join(", "))
+    }
 }
 
 impl fmt::Display for LoadReport {
@@ -91,14 +139,7 @@ impl fmt::Display for LoadReport {
         };
         section(f, "missing", self.missing.iter().map(|s| stray(s, "stored instead?")).collect())?;
         section(f, "unexpected", self.unexpected.iter().map(|s| stray(s, "meant as")).collect())?;
-        let misshaped = self.misshaped.iter().map(|m| {
-            let expected: Vec<_> = m
-                .expected
-                .iter()
-                .map(|d| d.map_or_else(|| "?".to_owned(), |d| d.to_string()))
-                .collect();
-            format!("`{}` is {:?}, the config says [{}]", m.name, m.found, expected.join(", "))
-        });
+        let misshaped = self.misshaped.iter().map(Misshaped::to_string);
         section(f, "of another shape", misshaped.collect())
     }
 }
@@ -145,6 +186,12 @@ fn recognise(stored: &BTreeMap<&str, &[usize]>) -> Option<Schema> {
             })
     })
 }
+
+/// Layers or experts that are looked for even where fewer tensors are stored.
+const MOST_LOOPS: usize = 256;
+
+/// Pairs of names that are compared in the search for the one that was meant.
+const MOST_PAIRS: usize = 50_000;
 
 /// Loop variables, innermost last.
 type Loops = Vec<(String, usize)>;
@@ -243,14 +290,14 @@ impl<'s> Matcher<'s> {
     }
 
     /// Every assignment of the loop variables, outermost slowest. A count that the config does not give is read
-    /// off the names that are stored.
+    /// off the names that are stored. A config that claims far more than could be stored is not followed to the end.
     fn iterate(&self, each: &IndexMap<String, Expr>, template: &str, outer: &Loops) -> Vec<Loops> {
         each.iter().fold(vec![outer.clone()], |assignments, (variable, count)| {
             let extend = |loops: Loops| {
                 let count = self
                     .size(count, &loops)
                     .unwrap_or_else(|_| self.count_stored(template, variable, &loops));
-                (0..count.min(100_000)).map(move |i| {
+                (0..count.min(self.stored.len().max(MOST_LOOPS))).map(move |i| {
                     let mut loops = loops.clone();
                     loops.push((variable.clone(), i));
                     loops
@@ -544,15 +591,15 @@ impl<'s> Matcher<'s> {
         }
         let missing: Vec<String> =
             std::mem::take(&mut self.missing).into_iter().map(|(name, _)| name).collect();
+        // Quadratic work on wholly foreign files would be slow and say nothing.
+        let related = missing.len().saturating_mul(unexpected.len()) <= MOST_PAIRS;
+        let stray = |name: &String, others: &[String]| Stray {
+            name: name.clone(),
+            nearest: if related { nearest(name, others) } else { None },
+        };
         let report = LoadReport {
-            missing: missing
-                .iter()
-                .map(|name| Stray { name: name.clone(), nearest: nearest(name, &unexpected) })
-                .collect(),
-            unexpected: unexpected
-                .iter()
-                .map(|name| Stray { name: name.clone(), nearest: nearest(name, &missing) })
-                .collect(),
+            missing: missing.iter().map(|name| stray(name, &unexpected)).collect(),
+            unexpected: unexpected.iter().map(|name| stray(name, &missing)).collect(),
             misshaped: std::mem::take(&mut self.misshaped),
             absent_keys: self.absent_keys.take().into_iter().collect(),
         };
@@ -601,11 +648,8 @@ fn glob(pattern: &str, name: &str) -> bool {
 
 /// The candidate most like `name`, if any is close enough to be meant.
 fn nearest(name: &str, candidates: &[String]) -> Option<String> {
-    // Quadratic work on wholly foreign files would be slow and say nothing.
-    const LIMIT: usize = 2_000;
     candidates
         .iter()
-        .take(LIMIT)
         .map(|candidate| (strsim::normalized_damerau_levenshtein(name, candidate), candidate))
         .filter(|(likeness, _)| *likeness >= 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))

@@ -39,8 +39,30 @@ pub struct Tensor {
 #[serde(deny_unknown_fields)]
 struct RawTensor {
     dtype: String,
-    shape: Vec<u64>,
-    data_offsets: (u64, u64),
+    shape: Vec<Whole>,
+    data_offsets: (Whole, Whole),
+}
+
+/// A `u64` whose error says so in words: negative and fractional numbers are what damaged headers hold.
+#[derive(Clone, Copy)]
+struct Whole(u64);
+
+impl<'de> Deserialize<'de> for Whole {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Number;
+        impl Visitor<'_> for Number {
+            type Value = Whole;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a whole number that is not negative")
+            }
+
+            fn visit_u64<E>(self, number: u64) -> Result<Whole, E> {
+                Ok(Whole(number))
+            }
+        }
+        deserializer.deserialize_u64(Number)
+    }
 }
 
 /// Keys in file order, duplicates kept (a JSON map would silently drop them).
@@ -63,7 +85,10 @@ impl<'de> Deserialize<'de> for RawHeader {
                 let (mut tensors, mut metadata) = (Vec::new(), None);
                 while let Some(name) = map.next_key::<String>()? {
                     if name != "__metadata__" {
-                        tensors.push((name, map.next_value()?));
+                        let tensor = map.next_value().map_err(|error| {
+                            M::Error::custom(format!("tensor `{name}`: {error}"))
+                        })?;
+                        tensors.push((name, tensor));
                     } else if metadata.replace(map.next_value()?).is_some() {
                         return Err(M::Error::custom("`__metadata__` occurs twice"));
                     }
@@ -108,7 +133,8 @@ pub fn parse(path: &Path, bytes: &[u8], file_len: u64) -> Result<Header> {
     let data_start = 8 + len;
     let raw: RawHeader =
         serde_json::from_slice(&bytes[8..data_start as usize]).map_err(|error| {
-            let reason = format!("the header is not what safetensors expects: {error}");
+            let reason =
+                format!("the header: {error}; the file is damaged: download or save it again");
             Error::malformed(path, "safetensors", reason)
         })?;
     let available = file_len - data_start;
@@ -127,15 +153,15 @@ fn check(name: String, raw: RawTensor, available: u64) -> Result<Tensor, TensorF
     let Some(dtype) = DType::from_safetensors(&raw.dtype) else {
         return Err(TensorFault::UnknownDType { dtype: raw.dtype });
     };
-    let overflow = || TensorFault::Overflow { shape: raw.shape.clone() };
+    let overflow = || TensorFault::Overflow { shape: raw.shape.iter().map(|dim| dim.0).collect() };
     let shape: Vec<usize> = raw
         .shape
         .iter()
-        .map(|&dim| usize::try_from(dim).ok())
+        .map(|dim| usize::try_from(dim.0).ok())
         .collect::<Option<_>>()
         .ok_or_else(overflow)?;
     let expected = dtype.bytes_of(&shape).ok_or_else(overflow)?;
-    let (start, end) = raw.data_offsets;
+    let (Whole(start), Whole(end)) = raw.data_offsets;
     if end < start {
         return Err(TensorFault::Backwards { start, end });
     }
@@ -149,8 +175,13 @@ fn check(name: String, raw: RawTensor, available: u64) -> Result<Tensor, TensorF
     Ok(Tensor { info: TensorInfo { name, shape, dtype, nbytes: expected }, begin: start })
 }
 
-/// Sorts by position; every byte of data must belong to exactly one tensor.
+/// Sorts by position; names must be unique, and every byte of data must belong to exactly one tensor.
 fn check_layout(path: &Path, tensors: &mut [Tensor], available: u64) -> Result<()> {
+    let mut names: Vec<&str> = tensors.iter().map(|tensor| &*tensor.info.name).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::tensor(path, pair[0], TensorFault::Duplicate { other: None }));
+    }
     tensors.sort_by_key(|t| (t.begin, t.info.nbytes));
     let mut at = 0;
     let mut previous = "";
@@ -167,15 +198,13 @@ fn check_layout(path: &Path, tensors: &mut [Tensor], available: u64) -> Result<(
         return Err(Error::tensor(path, &tensor.info.name, fault));
     }
     if at != available {
-        let reason = format!("{} bytes after the last tensor belong to none", available - at);
+        let reason = format!(
+            "{} bytes after the last tensor belong to none; download or save the file again",
+            available - at
+        );
         return Err(Error::malformed(path, "safetensors", reason));
     }
-    let mut names: Vec<&str> = tensors.iter().map(|tensor| &*tensor.info.name).collect();
-    names.sort_unstable();
-    match names.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(Error::tensor(path, pair[0], TensorFault::Duplicate { other: None })),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Opens one file: reads its header, maps nothing.

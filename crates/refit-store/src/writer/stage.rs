@@ -29,12 +29,13 @@ pub(super) fn staging_dir(out: &Path) -> Option<PathBuf> {
     Some(out.with_file_name(format!(".{name}.refit-partial")))
 }
 
-/// Maps "no space left" to [`Error::DiskFull`].
+/// Maps "no space left" and "file too large" to errors that say what to do.
 pub(super) fn write_error(out: &Path, path: &Path, need: u64, error: std::io::Error) -> Error {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
             Error::DiskFull { path: out.to_owned(), need, available: available(path).unwrap_or(0) }
         }
+        ErrorKind::FileTooLarge => Error::FileTooLarge { path: path.to_owned(), need },
         _ => Error::io(path, "write", error),
     }
 }
@@ -69,13 +70,7 @@ impl Stage {
             .truncate(false)
             .open(&path)
             .map_err(|error| write_error(out, &path, 0, error))?;
-        match journal.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(Error::Busy { path: dir.to_owned() }),
-            // A file system without locks: two writers at once are the user's to avoid.
-            Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(error)) => return Err(Error::io(&path, "lock", error)),
-        }
+        lock(dir, &path, &journal)?;
         let mut text = Vec::new();
         journal.read_to_end(&mut text).map_err(|error| Error::io(&path, "read", error))?;
         let head = format!("refit 1 {} {}\n", layout.fingerprint, boot_id());
@@ -114,6 +109,27 @@ impl Stage {
                 .map_err(|error| write_error(out, &path, need, error))?;
         }
         Ok(Self { dir: dir.to_owned(), files, journal, done })
+    }
+}
+
+/// Takes the journal for this process, until the file is closed.
+fn lock(dir: &Path, path: &Path, journal: &File) -> Result<()> {
+    match journal.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(Error::Busy { path: dir.to_owned() }),
+        // A file system without locks: two writers at once are the user's to avoid.
+        Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => Ok(()),
+        Err(TryLockError::Error(error)) => Err(Error::io(path, "lock", error)),
+    }
+}
+
+/// [`Error::Busy`] where another process works in the staging directory.
+pub(super) fn check_idle(dir: &Path) -> Result<()> {
+    let path = dir.join(JOURNAL);
+    match File::open(&path) {
+        Ok(journal) => lock(dir, &path, &journal),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io(&path, "open", error)),
     }
 }
 

@@ -1,18 +1,19 @@
 //! `refit apply METHOD MODEL... -o OUT`: one method, its flags made from its parameters.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{ArgAction, ArgMatches, Command};
 use refit_methods::method::{
-    Context, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData, Unit,
+    Context, Family, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData, Unit,
 };
 use refit_methods::registry::{self, Entry};
+use refit_store::ArtifactWriter;
 use serde_json::{Value, json};
 
 use crate::cli::App;
-use crate::failure::{Failure, Result};
+use crate::failure::{Code, Failure, Result};
 use crate::inputs;
 use crate::output::{self, Outcome};
 use crate::progress::Progress;
@@ -173,6 +174,7 @@ impl Request {
         let mut models = Vec::new();
         for source in &self.models {
             let opened = inputs::open(app, source)?;
+            opened.artifact.check_fit()?;
             models.push(ModelInput { source: source.clone(), artifact: opened.artifact });
         }
         let text = inputs::texts(&self.text)?
@@ -191,15 +193,26 @@ impl Request {
                 self.entry.info.name
             )));
         }
-        if let Some(out) = &self.out
-            && out.exists()
-            && !self.force
-        {
-            return Err(refit_store::Error::OutputExists { path: out.clone() }.into());
+        if let Some(out) = &self.out {
+            ArtifactWriter::check(out, self.force)?;
         }
         let inputs = self.inputs(app)?;
-        let plan = self.method.plan(&inputs)?;
+        let mut plan = self.method.plan(&inputs)?;
+        plan.warnings
+            .extend(inputs.models.iter().filter_map(|model| inputs::strays(&model.artifact)));
         Ok((inputs, plan))
+    }
+
+    /// Finds broken weights before the work starts. Merges read several models once and check what they
+    /// add up, so they are not read twice.
+    fn check_values(&self, app: &App, inputs: &Inputs) -> Result {
+        if self.entry.info.family == Family::Merge {
+            return Ok(());
+        }
+        app.progress.begin("checking the weights", 0, "");
+        let checked = inputs.models.iter().try_for_each(|model| model.artifact.check_finite());
+        app.progress.end();
+        Ok(checked?)
     }
 
     /// Prints the plan.
@@ -230,6 +243,7 @@ impl Request {
         for warning in &plan.warnings {
             app.progress.note(&format!("warning: {warning}"));
         }
+        self.check_values(app, &inputs)?;
         let mut cx = Context {
             out: self.out.clone(),
             seed: self.seed,
@@ -240,9 +254,29 @@ impl Request {
             ..Context::default()
         };
         let start = Instant::now();
-        let output = self.method.run(&inputs, &plan, &mut cx)?;
+        let output = self.method.run(&inputs, &plan, &mut cx);
         app.progress.end();
+        let output = output.map_err(|error| self.give_up(error.into()))?;
         Ok(Applied { plan, output, seconds: start.elapsed().as_secs_f64() })
+    }
+}
+
+impl Request {
+    /// Clears away the unfinished output of a run that failed for good: the same inputs would fail again,
+    /// and other inputs start over. After a failure of the system, or where the output exists by now, the
+    /// finished tensors stay for the next run.
+    fn give_up(&self, failure: Failure) -> Failure {
+        if let Some(out) = &self.out
+            && failure.code == Code::Usage
+            && ArtifactWriter::check(out, self.force).is_ok()
+        {
+            // The failure that is reported is the one that matters.
+            let _ = ArtifactWriter::discard(out);
+        }
+        match &self.models[..] {
+            [only] => failure.about(Path::new(only)),
+            _ => failure,
+        }
     }
 }
 

@@ -29,6 +29,7 @@ pub struct Args {
 /// Classifies every image.
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let opened = inputs::open(app, &args.model)?;
+    inputs::check_kind(&opened.artifact, "classify")?;
     let preprocess = Preprocess::from_artifact(&opened.artifact)?;
     // Every image is decoded before the model is loaded: a wrong file is said at once.
     let pixels = args
@@ -41,7 +42,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             &opened.artifact,
             "classify",
             "no image model",
-            "refit eval or refit embed",
+            "refit inspect",
         ));
     };
     let labels = opened.artifact.config().raw().get("id2label").and_then(Value::as_object).cloned();
@@ -59,11 +60,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             Failure::system(format!("{}: cannot read the scores: {e:?}", path.display()))
         })?;
         if probabilities.iter().any(|p| !p.is_finite()) {
-            return Err(Failure::usage(format!(
-                "{}: the model's scores for {} are not finite; its weights are damaged",
-                opened.path.display(),
-                path.display()
-            )));
+            let problem = format!("the scores for {} are not finite", path.display());
+            return Err(inputs::blame_weights(&opened.artifact, Failure::usage(problem)));
         }
         let mut order: Vec<usize> = (0..probabilities.len()).collect();
         order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]).then(a.cmp(&b)));

@@ -34,6 +34,7 @@ struct Recipe {
 /// Embeds every line.
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let model = inputs::open(app, &args.model)?;
+    inputs::check_kind(&model.artifact, "embed")?;
     let texts = inputs::texts(&args.text)?;
     let lines: Vec<&str> = texts
         .iter()
@@ -47,7 +48,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             &model.artifact,
             "embed",
             "no text encoder",
-            "refit eval or refit classify",
+            "refit inspect",
         ));
     };
     let recipe = recipe(&model.path)?;
@@ -77,6 +78,10 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         let batch: Vec<Vec<u32>> = chunk.iter().map(|&i| sequences[i].clone()).collect();
         let vectors = encoder.sentence(&batch, recipe.pooling, recipe.normalize)?;
         for (&i, vector) in chunk.iter().zip(vectors) {
+            if vector.iter().any(|value| !value.is_finite()) {
+                let problem = format!("the vector of `{}` is not finite", lines[i]);
+                return Err(inputs::blame_weights(&model.artifact, Failure::usage(problem)));
+            }
             embeddings[i] = vector;
         }
         app.progress.advance(chunk.len() as u64);

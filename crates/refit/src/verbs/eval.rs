@@ -19,8 +19,9 @@ pub struct Args {
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     text: Vec<String>,
     /// Tokens per window; windows do not overlap and all but the first token of each are scored
-    #[arg(long, default_value_t = 1024)]
-    window: usize,
+    /// [default: 1024, or the model's context where that is shorter]
+    #[arg(long, value_name = "N")]
+    window: Option<usize>,
     /// Read at most this many tokens
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
@@ -29,15 +30,21 @@ pub struct Args {
     reference: Option<String>,
 }
 
+/// Tokens per window where nothing else is asked for.
+const WINDOW: usize = 1024;
+
 /// Measures one model.
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let model = inputs::open(app, &args.model)?;
+    inputs::check_kind(&model.artifact, "eval")?;
+    let context = model.artifact.architecture().dims.context;
+    let window = args.window.unwrap_or_else(|| WINDOW.min(context.unwrap_or(WINDOW)));
     let texts = inputs::texts(&args.text)?;
     let tokenizer = engine::tokenizer(&model.artifact)?;
     let ids = engine::encode(&tokenizer, &texts)?;
-    check_window(&texts, ids.len(), args.window, model.artifact.architecture().dims.context)?;
+    check_window(&texts, ids.len(), window, context)?;
     let options =
-        Options { window: Some(args.window), max_tokens: args.max_tokens, ..Options::default() };
+        Options { window: Some(window), max_tokens: args.max_tokens, ..Options::default() };
     let reference = match &args.reference {
         Some(source) => {
             let other = inputs::open(app, source)?;
@@ -48,7 +55,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     };
     let decoder = engine::load_decoder(app, &model.artifact, "eval")?;
     let reference = reference.as_ref().map_or(Reference::None, |other| Reference::Model(other));
-    let found = measure(app, &decoder, ids, &options, reference, &args.model)?;
+    let found = measure(app, &decoder, ids, &options, reference, &args.model)
+        .map_err(|failure| inputs::blame_weights(&model.artifact, failure))?;
     let mut facts = vec![
         ("perplexity", with_interval(&found)),
         ("nll", format!("{:.5} nats per token", found.nll)),
@@ -70,7 +78,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         "top1_agreement": found.top1_agreement,
         "top1_accuracy": found.top1_accuracy,
         "interval": found.interval.map(|i| [i.low, i.high]),
-        "window": args.window,
+        "window": window,
         "text": texts.iter().map(|t| json!({"source": t.source, "sha256": t.sha256()})).collect::<Vec<_>>(),
     });
     Ok(Outcome::new(json, output::facts(facts)))

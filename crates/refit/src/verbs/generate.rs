@@ -63,6 +63,7 @@ fn probability(text: &str) -> Result<f32, String> {
 /// Generates; text streams to a reader of standard output as it comes.
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let model = inputs::open(app, &args.model)?;
+    inputs::check_kind(&model.artifact, "generate")?;
     let tokenizer = engine::tokenizer(&model.artifact)?;
     let ids = if args.chat {
         let mut messages = Vec::new();
@@ -106,7 +107,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             trouble = Some(error);
             false
         }
-    })?;
+    })
+    .map_err(|error| inputs::blame_weights(&model.artifact, error.into()))?;
     if let Some(error) = trouble {
         return Err(error.into());
     }

@@ -289,7 +289,8 @@ impl<'a> Cursor<'a> {
     fn size_of(&self, kind: u32, key: &str) -> Result<u64> {
         scalar_size(kind).map(|size| size as u64).ok_or_else(|| {
             self.malformed(format!(
-                "`{key}` has value type {kind}; types 0 to 12 exist, and arrays do not nest"
+                "{key} has value type {kind}, but types 0 to 12 exist, and arrays do not nest; the \
+                 header is damaged: download the file again"
             ))
         })
     }
@@ -300,22 +301,24 @@ impl<'a> Cursor<'a> {
 pub fn parse(path: &Path, bytes: &[u8], file_len: u64) -> Result<Header> {
     let mut cursor = Cursor { path, bytes, at: 0 };
     if cursor.take(4, "the magic")? != b"GGUF" {
-        return Err(cursor.malformed("it does not begin with `GGUF`"));
+        return Err(cursor.malformed("it does not begin with `GGUF`; is it another format?"));
     }
     let version = cursor.u32("the version")?;
     if version.swap_bytes() <= 3 && version != 0 {
         return Err(cursor.malformed("it is big-endian; convert it with gguf-convert-endian"));
     }
     if !(2..=3).contains(&version) {
-        return Err(cursor.malformed(format!("version {version}; refit reads 2 and 3")));
+        return Err(cursor.malformed(format!("version {version}; refit reads 2 and 3: convert it")));
     }
     let (tensor_count, key_count) = (cursor.u64("the tensor count")?, cursor.u64("the key count")?);
     let mut metadata = HashMap::new();
     for _ in 0..key_count {
         let key = cursor.name("a metadata key")?;
-        let value = cursor.value(&key)?;
+        let value = cursor.value(&format!("metadata `{key}`"))?;
         if metadata.insert(key.clone(), value).is_some() {
-            return Err(cursor.malformed(format!("key `{key}` occurs twice")));
+            return Err(cursor.malformed(format!(
+                "key `{key}` occurs twice; the header is damaged: download the file again"
+            )));
         }
     }
     let alignment = match metadata.get("general.alignment") {
@@ -338,18 +341,21 @@ pub fn parse(path: &Path, bytes: &[u8], file_len: u64) -> Result<Header> {
 /// Reads one row of the table; its offset still counts from the start of the data.
 fn tensor(cursor: &mut Cursor<'_>) -> Result<Tensor> {
     let name = cursor.name("a tensor's name")?;
-    let rank = cursor.u32(&name)?;
+    let what = format!("the entry of tensor `{name}`");
+    let rank = cursor.u32(&what)?;
     if rank > 4 {
-        let reason = TensorFault::Other(format!("{rank} dimensions; GGUF allows 4"));
+        let reason = TensorFault::Other(format!(
+            "{rank} dimensions, but GGUF allows 4; the header is damaged: download the file again"
+        ));
         return Err(Error::tensor(cursor.path, name, reason));
     }
     let mut dims = Vec::new();
     for _ in 0..rank {
-        dims.push(cursor.u64(&name)?);
+        dims.push(cursor.u64(&what)?);
     }
     // GGUF lists the fastest dimension first.
     dims.reverse();
-    let (id, offset) = (cursor.u32(&name)?, cursor.u64(&name)?);
+    let (id, offset) = (cursor.u32(&what)?, cursor.u64(&what)?);
     let checked = || {
         let Some(dtype) = dtype_of(id) else {
             return Err(TensorFault::UnknownDType { dtype: format!("number {id} of GGML") });
@@ -392,7 +398,10 @@ fn check_layout(
             return fault(TensorFault::OutOfBounds { start, end, available });
         }
         if !start.is_multiple_of(alignment) {
-            let reason = format!("offset {start} is not a multiple of the alignment {alignment}");
+            let reason = format!(
+                "offset {start} is not a multiple of the alignment {alignment}; the header is damaged: \
+                 download the file again"
+            );
             return fault(TensorFault::Other(reason));
         }
         tensor.offset += data_start;
