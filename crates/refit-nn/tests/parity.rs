@@ -89,9 +89,8 @@ fn encoder(name: &str) {
         let types = expected.read_f32("token_type_ids").expect("fixture");
         rows(&types.iter().map(|&t| t as u32).collect::<Vec<_>>())
     });
-    let hidden = model
-        .forward_segments(&sequences, types.as_deref(), &mut Run::plain())
-        .expect("runs");
+    let hidden =
+        model.forward_segments(&sequences, types.as_deref(), &mut Run::plain()).expect("runs");
     let [_, seq, width] = hidden.dims();
     let found = ops::to_vec(&hidden);
     let want = expected.read_f32("last_hidden_state").expect("fixture");

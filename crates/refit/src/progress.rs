@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 pub enum Style {
     /// A bar that redraws itself.
     Bar,
-    /// A line when a stage begins and ends, and every ten seconds between.
+    /// For stages of two seconds and more: a line when that is known, every ten seconds, and at the end.
     Lines,
     /// Nothing.
     Quiet,
@@ -40,10 +40,12 @@ struct Stage {
     name: String,
     bar: ProgressBar,
     began: Instant,
-    said: Instant,
+    said: Option<Instant>,
     bytes: bool,
 }
 
+/// Stages shorter than this are not worth a line.
+const WORTH: Duration = Duration::from_secs(2);
 /// Between two lines about the same stage.
 const EVERY: Duration = Duration::from_secs(10);
 
@@ -76,19 +78,21 @@ impl Progress {
         bar.set_prefix(name.to_owned());
         if self.style == Style::Bar {
             bar.enable_steady_tick(Duration::from_millis(200));
-        } else {
-            eprintln!("{name} ...");
         }
-        let now = Instant::now();
-        *self.lock() = Some(Stage { name: name.to_owned(), bar, began: now, said: now, bytes });
+        let (name, began) = (name.to_owned(), Instant::now());
+        *self.lock() = Some(Stage { name, bar, began, said: None, bytes });
     }
 
     /// `by` more are done.
     pub fn advance(&self, by: u64) {
         if let Some(stage) = self.lock().as_mut() {
             stage.bar.inc(by);
-            if self.style == Style::Lines && stage.said.elapsed() >= EVERY {
-                stage.said = Instant::now();
+            let due = match stage.said {
+                Some(said) => said.elapsed() >= EVERY,
+                None => stage.began.elapsed() >= WORTH,
+            };
+            if self.style == Style::Lines && due {
+                stage.said = Some(Instant::now());
                 let share = match stage.bar.length() {
                     Some(total) if total > 0 => {
                         format!(" {:.0} %", 100.0 * stage.bar.position() as f64 / total as f64)
@@ -122,7 +126,7 @@ impl Progress {
         if let Some(stage) = self.lock().take() {
             stage.bar.finish_and_clear();
             let took = stage.began.elapsed();
-            if self.style == Style::Lines && took >= Duration::from_secs(2) {
+            if self.style == Style::Lines && took >= WORTH {
                 eprintln!(
                     "{} done in {}",
                     stage.name,

@@ -162,7 +162,9 @@ pub fn hold_out(
         let mut order: Vec<(u64, usize)> = documents
             .iter()
             .enumerate()
-            .filter(|(_, d)| part_of(&d.name) == part && d.text.len() <= MAX_DOCUMENT && eligible(d))
+            .filter(|(_, d)| {
+                part_of(&d.name) == part && d.text.len() <= MAX_DOCUMENT && eligible(d)
+            })
             .filter(|(i, _)| shared[*i] <= MAX_SHARED)
             .map(|(i, d)| (hash(0, d.text.as_bytes()), i))
             .collect();

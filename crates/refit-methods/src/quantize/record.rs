@@ -135,19 +135,24 @@ pub fn grid_warnings(model: &ModelInput, grid: &Grid, group: Option<usize>) -> V
     }
     let names: Vec<&str> = types.keys().map(String::as_str).collect();
     let names = names.join(", ");
+    let file = model
+        .artifact
+        .path()
+        .file_name()
+        .map_or(&*model.source, |f| f.to_str().unwrap_or(&model.source));
     let void = !grid.symmetric && grid.bits >= 4 && group.is_none_or(|group| group == 32);
     vec![if void {
         format!(
             "{on_grid} weight matrices of {} are stored as {names}: they already lie on a grid of \
              {} bits or fewer per 32 inputs, and {}-bit asymmetric groups of 32 would change next to \
              nothing. Compare at fewer bits, at whole rows, or on a float source",
-            model.source, grid.bits, grid.bits
+            file, grid.bits, grid.bits
         )
     } else {
         format!(
             "{on_grid} weight matrices of {} are stored as {names}: they were quantized before, so \
              differences to them are not differences to the original float weights",
-            model.source
+            file
         )
     }]
 }

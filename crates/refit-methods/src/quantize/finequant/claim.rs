@@ -33,6 +33,8 @@ const TOKENS: usize = 512;
 /// Factor of the outlier columns of the stressed model, and how many layers get them.
 const OUTLIER: f32 = 30.0;
 const STRESSED_LAYERS: usize = 4;
+/// Calibration sequences of the GPTQ arm that has enough of them.
+const GPTQ_SAMPLES: usize = 48;
 
 fn run(cx: &mut ClaimContext) -> Result<(), BoxError> {
     let lab = Lab::open(cx)?;
@@ -76,8 +78,12 @@ fn run(cx: &mut ClaimContext) -> Result<(), BoxError> {
         if path.is_none() {
             let parameters = json!({ "bits": BITS, "group": fixed[1].1, "scheme": "log2" });
             quantize(cx, &lab, "rtn log2 g64", "rtn", parameters, &inputs)?;
-            let parameters = json!({ "bits": BITS, "group": fixed[1].1 });
-            quantize(cx, &lab, "gptq g64 (2k tokens)", "gptq", parameters, &inputs)?;
+            // Fewer tokens are soon fitted instead of followed: see the note.
+            for samples in [8, GPTQ_SAMPLES] {
+                let parameters = json!({ "bits": BITS, "group": fixed[1].1, "samples": samples });
+                let arm = format!("gptq g64, {samples} x 256 tokens");
+                quantize(cx, &lab, &arm, "gptq", parameters, &inputs)?;
+            }
         }
     }
     judge(cx);
@@ -117,23 +123,29 @@ fn quantize(
     inputs: &Inputs,
 ) -> Result<(), BoxError> {
     let out = lab.path(&format!("finequant-{arm}"));
+    let mut made = None;
     for slice in cx.seeds().to_vec() {
         cx.arm(arm, slice, |trial| {
-            // Quantizing takes seconds and is done once per slice, so that every trial stands alone.
-            let output = lab.apply(method, parameters.clone(), inputs, 0, &out)?;
+            // Nothing depends on the slice of text: the first one that runs quantizes for all.
+            if made.is_none() {
+                made = Some(lab.apply(method, parameters.clone(), inputs, 0, &out)?.report);
+            }
+            let report = made.as_ref().unwrap_or(&Value::Null);
             for (metric, key) in [
                 ("bits per weight", "bits_per_weight"),
                 ("relative error", "mean_relative_error"),
                 ("packed bytes", "packed_bytes_quantized"),
             ] {
-                if let Some(value) = output.report[key].as_f64() {
+                if let Some(value) = report[key].as_f64() {
                     trial.record(metric, value);
                 }
             }
             trial.record("perplexity", lab.perplexity(&out, &DOMAINS, TOKENS, slice as usize)?);
-            std::fs::remove_dir_all(&out)?;
             Ok(())
         })?;
+    }
+    if made.is_some() {
+        std::fs::remove_dir_all(&out)?;
     }
     Ok(())
 }
@@ -178,6 +190,11 @@ fn judge(cx: &mut ClaimContext) {
     let stressed =
         cx.ratio("stressed: finequant at the bits of g64", "stressed: rtn g64", "perplexity");
     cx.note(format!("the same on the stressed model: ratios {stressed:.4?}"));
+    cx.note("a seed is one of three disjoint slices of the held-out text; nothing else is random");
+    cx.note(
+        "GPTQ is given manual pages and glosses, and none of the Bible that is in the held-out text: with \
+         8 sequences it fits them so closely that it loses to rounding",
+    );
     cx.note("the paper's speed-up on GPUs is not checked here");
     cx.likely_reason(
         "the model is homogeneous: without outliers every matrix wants the same group size, and the \
