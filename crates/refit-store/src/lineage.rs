@@ -228,10 +228,21 @@ impl Lineage {
     /// When the directory has no manifest or it cannot be read. A hash that differs is a [`Problem`], not an
     /// error.
     pub fn verify(dir: &Path) -> Result<Verification> {
+        Self::verify_with(dir, &|_| None)
+    }
+
+    /// As [`verify`](Self::verify); `find` says where a parent's source string lies, when it is no path.
+    ///
+    /// # Errors
+    /// As [`verify`](Self::verify).
+    pub fn verify_with(dir: &Path, find: Find<'_>) -> Result<Verification> {
         let mut visited = HashSet::new();
-        verify(dir, &mut visited)
+        verify(dir, &mut visited, find)
     }
 }
+
+/// From a source string to the place where it lies on this machine.
+pub type Find<'a> = &'a dyn Fn(&str) -> Option<PathBuf>;
 
 fn manifest_path(dir: &Path) -> PathBuf {
     let dir = if dir.is_file() { dir.parent().unwrap_or(Path::new(".")) } else { dir };
@@ -324,7 +335,7 @@ pub enum ParentStatus {
     Seen,
 }
 
-fn verify(dir: &Path, visited: &mut HashSet<PathBuf>) -> Result<Verification> {
+fn verify(dir: &Path, visited: &mut HashSet<PathBuf>, find: Find<'_>) -> Result<Verification> {
     let Some(lineage) = Lineage::read(dir)? else {
         return Err(Error::NotAnArtifact {
             path: dir.to_owned(),
@@ -343,7 +354,7 @@ fn verify(dir: &Path, visited: &mut HashSet<PathBuf>) -> Result<Verification> {
     }
     outcome.tensors = lineage.tensors.len();
     for parent in &lineage.parents {
-        let status = check_parent(dir, parent, visited)?;
+        let status = check_parent(dir, parent, visited, find)?;
         outcome.parents.push(ParentCheck {
             name: parent.name.clone(),
             source: parent.source.clone(),
@@ -452,11 +463,18 @@ fn check_parent(
     dir: &Path,
     parent: &Parent,
     visited: &mut HashSet<PathBuf>,
+    find: Find<'_>,
 ) -> Result<ParentStatus> {
-    // As the user gave it, from the child, or beside the child: the first that is the one meant.
+    // As the user gave it, from the child, beside the child, or where the source lies: the first that is
+    // the one meant.
     let beside =
         is_plain_relative(&parent.name).then(|| dir.parent().unwrap_or(dir).join(&parent.name));
-    let candidates = [Some(PathBuf::from(&parent.source)), Some(dir.join(&parent.source)), beside];
+    let candidates = [
+        Some(PathBuf::from(&parent.source)),
+        Some(dir.join(&parent.source)),
+        beside,
+        find(&parent.source),
+    ];
     let mut different = None;
     let mut tried = HashSet::new();
     for found in candidates.into_iter().flatten() {
@@ -464,7 +482,7 @@ fn check_parent(
         if !found.canonicalize().is_ok_and(|path| tried.insert(path)) {
             continue;
         }
-        match check_parent_at(&found, parent, visited)? {
+        match check_parent_at(&found, parent, visited, find)? {
             ParentStatus::Differs(how) => different = different.or(Some(how)),
             status => return Ok(status),
         }
@@ -476,6 +494,7 @@ fn check_parent_at(
     found: &Path,
     parent: &Parent,
     visited: &mut HashSet<PathBuf>,
+    find: Find<'_>,
 ) -> Result<ParentStatus> {
     let canonical = found.canonicalize().map_err(|error| Error::io(found, "resolve", error))?;
     if visited.contains(&canonical) {
@@ -490,7 +509,7 @@ fn check_parent_at(
                     "its manifest has sha256 {have}, the child names {want}"
                 )));
             }
-            Ok(ParentStatus::Found(Box::new(verify(found, visited)?)))
+            Ok(ParentStatus::Found(Box::new(verify(found, visited, find)?)))
         }
         (Some(_), None) => Ok(ParentStatus::Differs("its manifest is gone".to_owned())),
         (None, _) => {

@@ -89,14 +89,8 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
         true => "tensor names and shapes: the config names no family that refit describes",
         false => config_file,
     };
-    say(
-        format!(
-            "This is {kind}, of the {} family: {}",
-            architecture.model_type,
-            architecture.summary.trim()
-        ),
-        family,
-    );
+    say(format!("This is {kind}, of the {} family.", architecture.model_type), family);
+    say(architecture.summary.trim().to_owned(), family);
     if let Some(label) = output_meaning(artifact) {
         say(label, config_file);
     }
@@ -206,7 +200,9 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
             &format!("values of {} matrices", grid.matrices),
         );
     }
-    let options = MemoryOptions::default();
+    let default = MemoryOptions::default();
+    let context = dims.context.map_or(default.context, |longest| longest.min(default.context));
+    let options = MemoryOptions { context, ..default };
     let memory = memory_plan(architecture, stored, &options);
     say(
         format!(

@@ -27,9 +27,10 @@ pub struct Args {
     /// Exit with code 1 when a tensor is missing, unexpected, mis-shaped or not finite
     #[arg(long)]
     strict: bool,
-    /// Tokens per sequence in the memory plan
-    #[arg(long, default_value_t = 1024)]
-    context: usize,
+    /// Tokens per sequence in the memory plan [default: 1024, or the model's context where that is
+    /// shorter]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
 }
 
 /// Opens the model and gathers the facts.
@@ -38,7 +39,10 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let artifact = &*model.artifact;
     let architecture = artifact.architecture();
     let stored: u64 = artifact.tensors().iter().map(|t| t.nbytes).sum();
-    let options = MemoryOptions { context: args.context, ..MemoryOptions::default() };
+    let default = MemoryOptions::default();
+    let longest = architecture.dims.context.unwrap_or(usize::MAX);
+    let context = args.context.unwrap_or_else(|| default.context.min(longest));
+    let options = MemoryOptions { context, ..default };
     let memory = memory_plan(architecture, stored, &options);
     let parameters: u64 = artifact.tensors().iter().map(|t| t.numel() as u64).sum();
     let dtypes = dtypes(artifact);
@@ -101,7 +105,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         ]);
     }
     text.push_str(&format!("{kinds}\n"));
-    text.push_str(&format!("memory, {} tokens, batch 1, f32 (estimates)\n", args.context));
+    text.push_str(&format!("memory, {context} tokens, batch 1, f32 (estimates)\n"));
     text.push_str(&output::facts([
         ("  run", number::bytes(memory.run)),
         ("  tune all (AdamW)", number::bytes(memory.tune_adamw)),

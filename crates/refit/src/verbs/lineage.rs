@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use refit_store::Lineage;
 use refit_store::lineage::{ParentStatus, Verification};
+use refit_store::source::{self, PullOptions};
 use serde_json::json;
 
 use crate::cli::App;
@@ -18,8 +19,12 @@ pub struct Args {
 }
 
 /// Verifies; a mismatch is exit code 1.
-pub fn run(_app: &App, args: Args) -> Result<Outcome> {
-    let checked = Lineage::verify(&args.artifact)?;
+pub fn run(app: &App, args: Args) -> Result<Outcome> {
+    // A check fetches nothing: sources that are in the cache are looked at, others end the chain.
+    let options =
+        PullOptions { cache: app.global.cache.clone(), offline: true, ..PullOptions::default() };
+    let find = |source: &str| source::resolve(source, &options, &|_, _| {}).ok().map(|p| p.path);
+    let checked = Lineage::verify_with(&args.artifact, &find)?;
     let manifest = Lineage::read(&args.artifact)?;
     let mut text = String::new();
     if let Some(manifest) = &manifest {
