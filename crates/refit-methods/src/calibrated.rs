@@ -8,7 +8,6 @@
 use std::time::Instant;
 
 use clap::Args;
-use refit_data::Tokenizer;
 use refit_nn::block::Block;
 use refit_store::architecture::Site;
 use refit_store::{Artifact, DType, SideFile};
@@ -81,7 +80,7 @@ impl Calibration {
     /// # Errors
     /// A text shorter than one sequence.
     pub fn draw(&self, inputs: &Inputs, seed: u64) -> Result<Vec<Vec<u32>>> {
-        let tokenizer = Tokenizer::from_artifact(&inputs.models[0].artifact)?;
+        let tokenizer = inputs.models[0].tokenizer()?;
         let mut ids = Vec::new();
         for text in &inputs.text {
             ids.extend(tokenizer.encode(&text.text, false)?);

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use refit_data::Tokenizer;
 use refit_store::Artifact;
 
 use crate::error::{Error, Result};
@@ -35,6 +36,20 @@ impl ModelInput {
     /// Whatever is wrong with the files.
     pub fn open(source: impl Into<String>, path: impl AsRef<Path>) -> Result<Self> {
         Ok(Self { source: source.into(), artifact: Arc::new(Artifact::open(path)?) })
+    }
+}
+
+impl ModelInput {
+    /// The tokenizer that travels with the model, checked against its embedding.
+    ///
+    /// # Errors
+    /// No tokenizer, one that does not parse, or one with ids that the embedding has no rows for.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let tokenizer = Tokenizer::from_artifact(&self.artifact)?;
+        if let Some(rows) = self.artifact.architecture().dims.vocab {
+            tokenizer.check_embedding(rows)?;
+        }
+        Ok(tokenizer)
     }
 }
 

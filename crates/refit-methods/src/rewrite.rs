@@ -158,7 +158,7 @@ pub fn check_finite(model: &str, tensor: &str, values: &[f32], start: usize) -> 
             tensor,
             format!(
                 "value {} at index {}: the weights are damaged, or overflowed when they were saved; \
-                 `refit inspect` lists every tensor that is affected",
+                 `refit inspect --values` lists every tensor that is affected",
                 values[at],
                 start + at
             ),

@@ -64,12 +64,18 @@ fn wise_ft_has_its_ends_and_its_middle() {
 }
 
 #[test]
-fn the_base_decides_the_type() {
+fn models_of_two_types_leave_the_choice_to_the_user() {
     let dir = tempfile::tempdir().unwrap();
     let half = model(&dir.path().join("half"), 1, DType::BF16, |_, _| {});
     let full = model(&dir.path().join("full"), 2, DType::F32, |_, _| {});
     let out = dir.path().join("out");
-    apply("model-soups", json!({}), &inputs(&[&half, &full]), &out, 0).unwrap();
+    let both = inputs(&[&half, &full]);
+    let error = apply("model-soups", json!({}), &both, &out, 0).unwrap_err().to_string();
+    assert!(
+        error.contains("BF16") && error.contains("F32") && error.contains("--dtype"),
+        "{error}"
+    );
+    apply("model-soups", json!({"dtype": "bf16"}), &both, &out, 0).unwrap();
     let artifact = refit_store::Artifact::open(&out).unwrap();
     assert!(artifact.tensors().iter().all(|info| info.dtype == DType::BF16));
 }

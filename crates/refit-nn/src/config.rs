@@ -159,10 +159,20 @@ impl RopeConfig {
 
 /// Reads one of several spellings of a key.
 fn any(config: &Config, keys: &[&str]) -> Result<usize> {
-    keys.iter().find_map(|k| config.usize(k)).ok_or_else(|| Error::Config {
+    let size = keys.iter().find_map(|k| config.usize(k)).ok_or_else(|| Error::Config {
         key: keys[0].into(),
         problem: "is missing or not a whole number".into(),
-    })
+    })?;
+    at_most(keys[0], size, 1 << 30)
+}
+
+/// Refuses sizes that no model has, before memory is asked for.
+fn at_most(key: &str, size: usize, most: usize) -> Result<usize> {
+    if size > most {
+        let problem = format!("is {size}, and models have at most {most}");
+        return Err(Error::Config { key: key.into(), problem });
+    }
+    Ok(size)
 }
 
 impl TransformerConfig {
@@ -196,6 +206,7 @@ impl TransformerConfig {
         let hidden = any(config, &["hidden_size", "n_embd", "dim"])?;
         let heads = any(config, &["num_attention_heads", "n_head", "n_heads"])?;
         let layers = any(config, &["num_hidden_layers", "n_layer", "n_layers"])?;
+        at_most("num_hidden_layers", layers, 1 << 16)?;
         let positive = |key: &str, value: usize| match value {
             0 => Err(Error::Config { key: key.into(), problem: "must not be 0".into() }),
             _ => Ok(()),
@@ -211,7 +222,7 @@ impl TransformerConfig {
             return Err(Error::Config { key: "num_key_value_heads".into(), problem });
         }
         let head_dim = match config.usize("head_dim") {
-            Some(dim) => dim,
+            Some(dim) => at_most("head_dim", dim, 1 << 20)?,
             None if hidden % heads == 0 => hidden / heads,
             None => {
                 let problem = format!(
@@ -225,6 +236,7 @@ impl TransformerConfig {
             .iter()
             .find_map(|k| config.usize(k))
             .unwrap_or(4 * hidden);
+        at_most("intermediate_size", intermediate, 1 << 32)?;
         let eps = ["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"]
             .iter()
             .find_map(|k| config.f64(k));

@@ -43,13 +43,9 @@ impl Config {
         self.raw.get(key).filter(|value| !value.is_null())
     }
 
-    /// A non-negative whole number (also when spelled `12.0`).
+    /// A non-negative whole number (also when spelled `12.0`) that `f64` holds exactly; larger ones are no sizes.
     pub fn usize(&self, key: &str) -> Option<usize> {
-        let value = self.get(key)?;
-        if let Some(whole) = value.as_u64() {
-            return usize::try_from(whole).ok();
-        }
-        let float = value.as_f64()?;
+        let float = self.get(key)?.as_f64()?;
         (float.fract() == 0.0 && (0.0..9.0e15).contains(&float)).then_some(float as usize)
     }
 
@@ -107,11 +103,12 @@ mod tests {
     #[test]
     fn reads_leniently_and_keeps_unknown_keys() {
         let text = br#"{"model_type":"llama","hidden_size":576.0,"rope_theta":1e5,"pad":null,
-                        "eos_token_id":[2,7],"x":{"y":1}}"#;
+                        "eos_token_id":[2,7],"x":{"y":1},"vast":18446744073709551615}"#;
         let config = Config::parse(Path::new("config.json"), text).unwrap();
         assert_eq!(config.model_type(), Some("llama"));
         assert_eq!(config.usize("hidden_size"), Some(576));
         assert_eq!(config.usize("model_type"), None);
+        assert_eq!(config.usize("vast"), None);
         assert_eq!(config.get("pad"), None);
         assert_eq!(config.ids("eos_token_id"), [2, 7]);
         assert_eq!(config.sub("x").unwrap().usize("y"), Some(1));

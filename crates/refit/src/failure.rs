@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::Path;
 
+use refit_store::Error as Store;
+
 /// Result of every verb.
 pub type Result<T = (), E = Failure> = std::result::Result<T, E>;
 
@@ -79,15 +81,46 @@ fn code_of(error: &(dyn std::error::Error + 'static)) -> Code {
                 _ => Code::System,
             };
         }
-        use refit_store::Error as Store;
         if let Some(Store::DiskFull { .. } | Store::FileTooLarge { .. } | Store::Busy { .. }) =
-            error.downcast_ref()
+            store_error(error)
         {
             return Code::System;
         }
         next = error.source();
     }
     Code::Usage
+}
+
+/// The store's error inside one of the crates above it, whose wrappers are transparent.
+fn store_error<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e Store> {
+    use {refit_data::Error as Data, refit_methods::Error as Methods};
+    use {refit_nn::Error as Nn, refit_train::Error as Train};
+    let inner: &(dyn std::error::Error + 'static) = if let Some(error) = error.downcast_ref() {
+        match error {
+            Methods::Store(inner) => return Some(inner),
+            Methods::Data(inner) => inner,
+            Methods::Model(inner) => inner,
+            Methods::Train(inner) => inner,
+            _ => return None,
+        }
+    } else if let Some(error) = error.downcast_ref() {
+        match error {
+            Train::Store(inner) => return Some(inner),
+            Train::Model(inner) => inner,
+            _ => return None,
+        }
+    } else if let Some(error) = error.downcast_ref() {
+        match error {
+            Nn::Store(inner) => return Some(inner),
+            Nn::Data(inner) => inner,
+            _ => return None,
+        }
+    } else if let Some(Data::Store(inner)) = error.downcast_ref() {
+        return Some(inner);
+    } else {
+        return error.downcast_ref();
+    };
+    store_error(inner)
 }
 
 /// The message of an error, with those causes whose text it does not already contain.
@@ -123,3 +156,20 @@ macro_rules! from_library {
 }
 
 from_library!(refit_data::Error, refit_nn::Error, refit_train::Error, refit_methods::Error);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_a_failure_of_the_system_however_deep_it_lies() {
+        let full = || Store::DiskFull { path: "out".into(), need: 9, available: 1 };
+        let wrapped: refit_methods::Error = refit_train::Error::Model(full().into()).into();
+        assert_eq!(Failure::from(wrapped).code, Code::System);
+        assert_eq!(Failure::from(full()).code, Code::System);
+        let exists = Store::OutputExists { path: "out".into() };
+        assert_eq!(Failure::from(refit_methods::Error::from(exists)).code, Code::Usage);
+        let denied = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+        assert_eq!(Failure::from(Store::io("out", "write", denied)).code, Code::System);
+    }
+}

@@ -45,48 +45,6 @@ fn eval_prints_what_it_promises() {
 }
 
 #[test]
-fn eval_refuses_what_cannot_be_scored() {
-    let place = Place::new();
-    let empty = place.write("empty.txt", "");
-    let latin = place.write("latin.txt", b"one\ntwo \xe9\n");
-    place.run(&["eval", "builtin:tiny", "--text", &empty]).code(2).says(&["empty.txt", "empty"]);
-    place.run(&["eval", "builtin:tiny", "--text", &latin]).code(2).says(&[
-        "latin.txt",
-        "line 2",
-        "UTF-8",
-    ]);
-    place.run(&["eval", "builtin:tiny", "--text", "builtin:kjw"]).code(2).says(&["`kjv`"]);
-    place
-        .run(&["eval", "builtin:tiny", "--text", "builtin:kjv", "--window", "100000"])
-        .code(2)
-        .says(&["100000", "512"]);
-    place
-        .run(&["eval", "builtin:tiny", "--text", "builtin:kjv", "--window", "1"])
-        .code(2)
-        .says(&["2 tokens"]);
-
-    let tiny = place.tiny("mute");
-    std::fs::remove_file(tiny.join("tokenizer.json")).unwrap();
-    place
-        .run(&["eval", "mute", "--text", "builtin:kjv", "--window", "64"])
-        .code(2)
-        .says(&["mute", "tokenizer"]);
-
-    // A tokenizer with an id that the embedding has no row for.
-    let tiny = place.tiny("foreign");
-    let path = tiny.join("tokenizer.json");
-    let mut tokenizer: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    tokenizer["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
-        "id": 900_000, "content": "<stranger>", "single_word": false, "lstrip": false, "rstrip": false,
-        "normalized": false, "special": true
-    }));
-    std::fs::write(&path, tokenizer.to_string()).unwrap();
-    let ran = place.run(&["eval", "foreign", "--text", "builtin:kjv", "--window", "64"]);
-    assert!(ran.code == 2 && ran.err.contains("foreign"), "{}", ran.err);
-}
-
-#[test]
 fn generate_is_greedy_and_repeatable_at_temperature_zero() {
     let place = Place::new();
     let args = [
@@ -108,10 +66,6 @@ fn generate_is_greedy_and_repeatable_at_temperature_zero() {
     assert_eq!(first["tokens"], place.run(&args).json()["tokens"]);
     let shown = place.run(&args[..args.len() - 1]).code(0).out;
     assert_eq!(shown.trim_end(), first["text"].as_str().unwrap().trim_end());
-    place
-        .run(&["generate", "builtin:tiny", "--prompt", "x", "--max-new-tokens", "99999"])
-        .code(2)
-        .says(&["512"]);
     place
         .run(&["generate", "builtin:tiny", "--prompt", "x", "--top-p", "0"])
         .code(2)

@@ -169,6 +169,13 @@ pub fn compare(models: &[ModelInput], out: OutputType, plan: &mut Plan) -> Resul
                     info.name, info.dtype, other.dtype
                 )));
             }
+            if out.of(other.dtype) != out.of(info.dtype) {
+                return Err(mismatch(format!(
+                    "tensor `{}` has type {} in the first and {} in the second; say what to write: --dtype \
+                     f32, f16 or bf16",
+                    info.name, info.dtype, other.dtype
+                )));
+            }
         }
         if let Some(extra) =
             model.artifact.tensors().iter().find(|info| !first.artifact.contains(&info.name))

@@ -167,7 +167,7 @@ pub fn resolve<'a>(
         .iter()
         .map(String::as_str)
         .chain(schema.prefixes.is_empty().then_some(""))
-        .map(|prefix| Matcher::new(&schema, config, &stored, prefix).run())
+        .map(|prefix| Matcher::new(schema, config, &stored, prefix).run())
         .max_by_key(|matcher| (matcher.hits, std::cmp::Reverse(matcher.missing.len())))
         .expect("invariant: at least one prefix is tried");
     let model_type = model_type.unwrap_or(&schema.model_type).to_owned();
@@ -175,7 +175,7 @@ pub fn resolve<'a>(
 }
 
 /// The description whose fingerprint is wholly present.
-fn recognise(stored: &BTreeMap<&str, &[usize]>) -> Option<Schema> {
+fn recognise(stored: &BTreeMap<&str, &[usize]>) -> Option<&'static Schema> {
     schema::FILES.iter().filter_map(|(name, _)| schema::lookup(name)).find(|schema| {
         !schema.fingerprint.is_empty()
             && schema.prefixes.iter().map(String::as_str).chain([""]).any(|prefix| {

@@ -208,20 +208,23 @@ const ALIASES: &[(&str, &str)] = &[
 
 const COMMON: &str = include_str!("../../architectures/_common.yaml");
 
-/// The description of a model type, with what it extends folded in.
-pub(super) fn lookup(model_type: &str) -> Option<Schema> {
+/// The description of a model type, with what it extends folded in. Each is parsed once.
+pub(super) fn lookup(model_type: &str) -> Option<&'static Schema> {
+    static PARSED: [OnceLock<Schema>; FILES.len()] = [const { OnceLock::new() }; FILES.len()];
     let name =
         ALIASES.iter().find(|(alias, _)| *alias == model_type).map_or(model_type, |(_, name)| name);
-    let (_, text) = FILES.iter().find(|(file, _)| *file == name)?;
-    let schema: Schema = serde_saphyr::from_str(text)
-        .expect("invariant: embedded architecture files parse (tested)");
-    match &schema.extends {
-        Some(parent) => {
-            let parent = lookup(parent).expect("invariant: an extended file exists (tested)");
-            Some(schema.over(parent))
+    let at = FILES.iter().position(|(file, _)| *file == name)?;
+    Some(PARSED[at].get_or_init(|| {
+        let schema: Schema = serde_saphyr::from_str(FILES[at].1)
+            .expect("invariant: embedded architecture files parse (tested)");
+        match &schema.extends {
+            Some(parent) => {
+                let parent = lookup(parent).expect("invariant: an extended file exists (tested)");
+                schema.over(parent.clone())
+            }
+            None => schema,
         }
-        None => Some(schema),
-    }
+    }))
 }
 
 impl Schema {

@@ -138,7 +138,10 @@ struct RawStep {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a name or a list of names (a name such as `n` or `off` needs quotes)"
+)]
 enum OneOrMany {
     One(String),
     Many(Vec<String>),

@@ -254,27 +254,38 @@ impl Request {
             ..Context::default()
         };
         let start = Instant::now();
+        let absent = self.absent_parents();
         let output = self.method.run(&inputs, &plan, &mut cx);
         app.progress.end();
-        let output = output.map_err(|error| self.give_up(error.into()))?;
+        let output = output.map_err(|error| self.give_up(error, &absent))?;
         Ok(Applied { plan, output, seconds: start.elapsed().as_secs_f64() })
     }
 }
 
 impl Request {
+    /// Directories above the output that do not exist yet, innermost first.
+    fn absent_parents(&self) -> Vec<&Path> {
+        let above = self.out.iter().flat_map(|out| out.ancestors().skip(1));
+        above.take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect()
+    }
+
     /// Clears away the unfinished output of a run that failed for good: the same inputs would fail again,
     /// and other inputs start over. After a failure of the system, or where the output exists by now, the
     /// finished tensors stay for the next run.
-    fn give_up(&self, failure: Failure) -> Failure {
+    fn give_up(&self, error: refit_methods::Error, absent: &[&Path]) -> Failure {
+        use refit_methods::Error;
+        let runs_the_model = matches!(error, Error::Model(_) | Error::Train(_));
+        let failure = Failure::from(error);
         if let Some(out) = &self.out
             && failure.code == Code::Usage
             && ArtifactWriter::check(out, self.force).is_ok()
         {
-            // The failure that is reported is the one that matters.
+            // The failure that is reported is the one that matters; only empty directories are removed.
             let _ = ArtifactWriter::discard(out);
+            absent.iter().for_each(|dir| drop(std::fs::remove_dir(dir)));
         }
         match &self.models[..] {
-            [only] => failure.about(Path::new(only)),
+            [only] if runs_the_model => failure.about(Path::new(only)),
             _ => failure,
         }
     }

@@ -87,6 +87,16 @@ impl Place {
         Ran::of(self.command().args(args).output().unwrap())
     }
 
+    /// Asserts that a command fails with a code and a message, and leaves nothing behind: no output, no
+    /// temporary name, not even an empty directory.
+    #[track_caller]
+    pub fn refuses(&self, args: &[&str], code: i32, parts: &[&str]) -> Ran {
+        let before = self.names();
+        let ran = self.run(args).code(code).says(parts);
+        assert_eq!(self.names(), before, "`refit {}` left something behind", args.join(" "));
+        ran
+    }
+
     /// Names in here, without the cache.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = std::fs::read_dir(self.0.path())
@@ -100,9 +110,25 @@ impl Place {
 
     /// A copy of the embedded model, to be damaged.
     pub fn tiny(&self, name: &str) -> PathBuf {
+        self.copy("../../assets/tiny", name)
+    }
+
+    /// A copy of a two-block BERT with a vocabulary of 64 words, `w5` to `w63` among them.
+    pub fn bert(&self, name: &str) -> PathBuf {
+        let to = self.copy("../refit-nn/tests/fixtures/hf/bert", name);
+        std::fs::remove_file(to.join("expected.safetensors")).unwrap();
+        let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].map(str::to_owned);
+        let words: Vec<String> =
+            special.into_iter().chain((5..64).map(|i| format!("w{i}"))).collect();
+        std::fs::write(to.join("vocab.txt"), words.join("\n")).unwrap();
+        to
+    }
+
+    /// A copy of a model directory, given below this crate.
+    pub fn copy(&self, from: &str, name: &str) -> PathBuf {
         let to = self.path(name);
         std::fs::create_dir_all(&to).unwrap();
-        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny");
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join(from);
         for entry in std::fs::read_dir(from).unwrap() {
             let entry = entry.unwrap();
             if entry.file_type().unwrap().is_file() {
@@ -153,4 +179,52 @@ pub fn raw_safetensors(header: &str, data: &[u8]) -> Vec<u8> {
     file.extend(header.as_bytes());
     file.extend(data);
     file
+}
+
+/// A tensor as it is stored: element type, shape, bytes.
+pub struct Stored {
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+}
+
+/// Rewrites `model.safetensors` of a directory with its tensors changed.
+pub fn edit_weights(
+    dir: &Path,
+    edit: impl FnOnce(&mut std::collections::BTreeMap<String, Stored>),
+) {
+    let path = dir.join("model.safetensors");
+    let file = std::fs::read(&path).unwrap();
+    let (length, rest) = file.split_first_chunk::<8>().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(header).unwrap();
+    let mut tensors: std::collections::BTreeMap<String, Stored> = header
+        .into_iter()
+        .filter(|(name, _)| name != "__metadata__")
+        .map(|(name, entry)| {
+            let at = |i: usize| entry["data_offsets"][i].as_u64().unwrap() as usize;
+            let stored = Stored {
+                dtype: entry["dtype"].as_str().unwrap().to_owned(),
+                shape: serde_json::from_value(entry["shape"].clone()).unwrap(),
+                bytes: data[at(0)..at(1)].to_vec(),
+            };
+            (name, stored)
+        })
+        .collect();
+    edit(&mut tensors);
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, Stored { dtype, shape, bytes }) in tensors {
+        let start = data.len();
+        data.extend(bytes);
+        let entry = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]});
+        header.insert(name, entry);
+    }
+    std::fs::write(path, raw_safetensors(&Value::Object(header).to_string(), &data)).unwrap();
+}
+
+/// Rewrites a JSON file.
+pub fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
+    let mut json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    edit(&mut json);
+    std::fs::write(path, json.to_string()).unwrap();
 }

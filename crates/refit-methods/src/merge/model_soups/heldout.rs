@@ -1,6 +1,5 @@
 //! Scoring a language model on held-out text.
 
-use refit_data::Tokenizer;
 use refit_nn::Decoder;
 use refit_store::Artifact;
 use refit_store::architecture::Kind;
@@ -46,7 +45,7 @@ impl HeldOut {
     }
 
     pub(super) fn new(inputs: &Inputs, max_tokens: Option<usize>) -> Result<Self> {
-        let tokenizer = Tokenizer::from_artifact(&inputs.models[0].artifact)?;
+        let tokenizer = inputs.models[0].tokenizer()?;
         let segments = inputs
             .text
             .iter()
