@@ -5,14 +5,15 @@ use std::path::PathBuf;
 
 use rayon::prelude::*;
 use refit_store::architecture::{Layout, Site};
-use refit_store::card::Relation;
+use refit_store::artifact::Format;
+use refit_store::card::{Fact, Relation, licence_union};
 use refit_store::lineage::{DataUse, Parent};
 use refit_store::writer::ArtifactWriter;
 use refit_store::{Card, DType, Lineage, SideFile, TensorSpec, WritePlan};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::inputs::Inputs;
+use crate::inputs::{Inputs, ModelInput};
 use crate::method::{Context, Plan};
 use crate::rewrite::transpose;
 
@@ -173,6 +174,7 @@ impl Emitter {
                 license: None,
             })
             .collect();
+        lineage.command = Some(command(inputs, plan, cx));
         let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
         let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
         card.relation = Some(match crate::registry::get(&plan.method)?.info.family {
@@ -180,8 +182,52 @@ impl Emitter {
             crate::method::Family::Prune => Relation::Pruned,
             crate::method::Family::Merge => Relation::Merge,
         });
+        let elements = |shape: &[usize]| shape.iter().map(|n| *n as u64).product();
+        let census = plan.tensors.iter().map(|t| (t.dtype.clone(), elements(&t.shape)));
+        let architecture = inputs.models[0].artifact.architecture();
+        card.take_weights(architecture, Format::Safetensors, census);
+        let licences: Vec<(String, Fact<String>)> = inputs.models.iter().map(licence).collect();
+        (card.license, card.license_conflicts) = licence_union(&licences);
         card.checks.extend(checks(report));
         Ok(self.writer.finish(lineage, card)?)
+    }
+}
+
+/// The licence that a model's own card states.
+fn licence(model: &ModelInput) -> (String, Fact<String>) {
+    let path = model.artifact.path();
+    // A README beside a single file may be about anything; one that cannot be read states nothing.
+    let card = path.is_dir().then(|| Card::read(path).ok().flatten()).flatten();
+    let unknown = || Fact::Unknown("it has no card".to_owned());
+    (name_of(&model.source), card.map_or_else(unknown, |card| card.license))
+}
+
+/// The command that makes the artifact again, into a directory of the reader's choice.
+fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
+    let mut words = vec!["refit".to_owned(), "apply".to_owned(), plan.method.clone()];
+    words.extend(inputs.models.iter().map(|model| model.source.clone()));
+    for (key, value) in plan.parameters.as_object().into_iter().flatten() {
+        let flag = format!("--{}", key.replace('_', "-"));
+        match value {
+            Value::Null | Value::Bool(false) => {}
+            Value::Bool(true) => words.push(flag),
+            Value::String(text) => words.extend([flag, text.clone()]),
+            other => words.extend([flag, other.to_string()]),
+        }
+    }
+    for text in &inputs.text {
+        words.extend(["--text".to_owned(), text.source.clone()]);
+    }
+    words.extend(["--seed".to_owned(), cx.seed.to_string(), "-o".to_owned(), "OUT".to_owned()]);
+    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+}
+
+/// A word as a POSIX shell reads it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@+,%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
     }
 }
 

@@ -17,6 +17,8 @@ use serde_json::{Map, Value as Json};
 
 pub use licence::{HUB_LICENCES, licence_union};
 
+use crate::architecture::Architecture;
+use crate::artifact::Format;
 use crate::error::{Error, Result};
 use crate::lineage::{DataUse, FileRecord, Lineage, Measurement};
 
@@ -224,6 +226,26 @@ impl Card {
         if let Some(command) = &lineage.command {
             self.reproduce = Fact::Known(command.clone());
         }
+    }
+
+    /// Fills in what the weights show: architecture, file format, and the number of elements by element type,
+    /// from each tensor's type and number of elements.
+    pub fn take_weights(
+        &mut self,
+        architecture: &Architecture,
+        format: Format,
+        tensors: impl IntoIterator<Item = (String, u64)>,
+    ) {
+        let inferred = if architecture.inferred { " (inferred)" } else { "" };
+        let summary = architecture.summary.trim();
+        self.architecture =
+            Fact::Known(format!("{}{inferred}: {summary}", architecture.model_type));
+        self.format = Fact::Known(format!("{format:?}").to_lowercase());
+        let mut census = BTreeMap::new();
+        for (dtype, elements) in tensors {
+            *census.entry(dtype).or_default() += elements;
+        }
+        self.parameters = Fact::Known(census);
     }
 
     /// The whole `README.md`. The same card gives the same bytes.

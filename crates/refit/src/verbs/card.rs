@@ -1,8 +1,6 @@
 //! `refit card ARTIFACT`: the model card, made from facts and the manifest; people's text is kept.
 
-use std::collections::BTreeMap;
-
-use refit_store::card::{Card, FILE_NAME, Fact};
+use refit_store::card::{Card, FILE_NAME};
 use refit_store::{Lineage, lineage::FileRecord};
 use serde_json::json;
 
@@ -47,19 +45,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if let Some(older) = &older {
         card.merge_human(older);
     }
-    let architecture = artifact.architecture();
-    card.architecture = Fact::Known(format!(
-        "{}{}: {}",
-        architecture.model_type,
-        if architecture.inferred { " (inferred)" } else { "" },
-        architecture.summary.trim()
-    ));
-    card.format = Fact::Known(format!("{:?}", artifact.format()).to_lowercase());
-    let mut census = BTreeMap::<String, u64>::new();
-    for tensor in artifact.tensors() {
-        *census.entry(tensor.dtype.to_string()).or_default() += tensor.numel() as u64;
-    }
-    card.parameters = Fact::Known(census);
+    let census = artifact.tensors().iter().map(|t| (t.dtype.to_string(), t.numel() as u64));
+    card.take_weights(artifact.architecture(), artifact.format(), census);
     if card.files.is_empty() {
         card.files = artifact
             .file_hashes()?

@@ -73,9 +73,11 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     };
     let same_weights =
         equal == total && only_a.is_empty() && only_b.is_empty() && misshaped.is_empty();
+    // A config under which one of them does not load is a difference, even with the same weights.
+    let same_fit = left.check_fit().is_ok() == right.check_fit().is_ok();
     let same = match &behaviour {
         Ok(found) => found.equal,
-        Err(_) => same_weights,
+        Err(_) => same_weights && (args.weights_only || same_fit),
     };
 
     let mut text = format!("{total} tensors in both, {equal} equal bit by bit in value\n");

@@ -115,7 +115,9 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
             dims.window.map_or_else(String::new, |w| format!(", and each token sees the last {w}"));
         say(format!("Its longest input is {context} tokens{window}."), config_file);
     }
-    if let Some(theta) = config.f64("rope_theta") {
+    // transformers 5 keeps it in a table.
+    let table = config.raw().get("rope_parameters").and_then(|t| t.get("rope_theta"));
+    if let Some(theta) = config.f64("rope_theta").or_else(|| table.and_then(Value::as_f64)) {
         say(
             format!("Positions are rotations (RoPE) with base {}.", number::tick(theta)),
             config_file,
