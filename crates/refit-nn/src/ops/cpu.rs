@@ -202,6 +202,13 @@ pub fn gated(gate: &[f32], up: &[f32], out: &mut [f32], kind: Activation) {
         .for_each(|((out, gate), up)| piece(gate, up, out));
 }
 
+/// Copies the rows `ids` of `table [rows, width]` to `out`.
+pub fn embedding(table: &[f32], ids: &[u32], out: &mut [f32], width: usize) {
+    for (row, &id) in out.chunks_exact_mut(width).zip(ids) {
+        row.copy_from_slice(&table[id as usize * width..(id as usize + 1) * width]);
+    }
+}
+
 /// Rotary position embedding on `x [batch, seq, heads * head_dim]` with tables `cos`, `sin` `[seq, rotary_dim / 2]`.
 pub fn rope(x: &mut [f32], cos: &[f32], sin: &[f32], heads: usize, head_dim: usize, seq: usize) {
     let half = cos.len() / seq;
@@ -227,7 +234,7 @@ pub fn rope(x: &mut [f32], cos: &[f32], sin: &[f32], heads: usize, head_dim: usi
 
 simd! {
     /// Turns one row of scores into probabilities: `softmax(softcap(scale * s))` over the visible range, zero elsewhere.
-    fn softmax_row(scores: &mut [f32], visible_from: usize, visible_to: usize, scale: f32, softcap: f32) {
+    pub(super) fn softmax_row(scores: &mut [f32], visible_from: usize, visible_to: usize, scale: f32, softcap: f32) {
         let (head, rest) = scores.split_at_mut(visible_from);
         let (live, tail) = rest.split_at_mut(visible_to - visible_from);
         head.fill(0.0);
@@ -368,7 +375,7 @@ fn count_work(seq: usize, keys: usize, dim: usize) -> usize {
 
 /// A pointer whose disjoint parts are written by several threads.
 #[derive(Clone, Copy)]
-struct SendPtr(*mut f32);
+pub(super) struct SendPtr(pub(super) *mut f32);
 // SAFETY: users write disjoint ranges only (see `attention`).
 unsafe impl Send for SendPtr {}
 // SAFETY: as above.

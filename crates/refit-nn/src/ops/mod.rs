@@ -1,14 +1,17 @@
 //! The operations that models are made of.
 //!
-//! Each runs a fused kernel when its operands live on the CPU backend without autodiff, and the plain Burn composition
-//! everywhere else (GPUs, training). The two are compared in the tests.
+//! Each runs a fused kernel when its operands live on the CPU backend ([`cpu`]), with a backward kernel of its own under
+//! autodiff ([`back`]), and the plain Burn composition everywhere else ([`compose`]). The tests compare the three.
 
+pub mod back;
+pub mod compose;
 pub mod cpu;
+mod grad;
 pub mod simd;
 
 use std::ops::Range;
 
-use burn::tensor::{Bytes, DType, Int, Shape, Tensor, TensorData, activation as act};
+use burn::tensor::{Bytes, DType, Shape, Tensor};
 use burn_flex::{Flex, FlexTensor, Layout};
 
 /// Elementwise nonlinearity, by its Hugging Face name.
@@ -50,19 +53,7 @@ impl Activation {
         if let Some(x) = host(&x) {
             return build(x.shape(), |out| cpu::activation(x.slice(), out, self));
         }
-        match self {
-            Self::Silu => act::silu(x),
-            Self::Gelu => act::gelu(x),
-            Self::GeluTanh => {
-                let cube = x.clone().powi_scalar(3);
-                let u = (x.clone() + cube * 0.044_715) * 0.797_884_56;
-                x * (u.tanh() + 1.0) * 0.5
-            }
-            Self::QuickGelu => x.clone() * act::sigmoid(x * 1.702),
-            Self::Relu => act::relu(x),
-            Self::Relu6 => x.clamp(0.0, 6.0),
-            Self::Tanh => x.tanh(),
-        }
+        grad::activation(&x, self).unwrap_or_else(|| compose::activation(x, self))
     }
 }
 
@@ -76,12 +67,7 @@ pub fn linear(x: Tensor<3>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tenso
             cpu::linear(hx.slice(), hw.slice(), bias.as_ref().map(|b| b.slice()), out, k, n);
         });
     }
-    let y = x.reshape([batch * seq, k]).matmul(weight.transpose());
-    let y = match bias {
-        Some(bias) => y + bias.unsqueeze(),
-        None => y,
-    };
-    y.reshape([batch, seq, n])
+    grad::linear(&x, &weight, bias.as_ref()).unwrap_or_else(|| compose::linear(x, weight, bias))
 }
 
 /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension.
@@ -89,8 +75,7 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     if let (Some(hx), Some(hw)) = (host(&x), host(&weight)) {
         return build(hx.shape(), |out| cpu::rms_norm(hx.slice(), hw.slice(), eps as f32, out));
     }
-    let mean = x.clone().powi_scalar(2).mean_dim(D - 1);
-    x / (mean + eps).sqrt() * weight.unsqueeze()
+    grad::rms_norm(&x, &weight, eps).unwrap_or_else(|| compose::rms_norm(x, weight, eps))
 }
 
 /// `(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension.
@@ -112,13 +97,8 @@ pub fn layer_norm<const D: usize>(
             );
         });
     }
-    let x = x.clone() - x.mean_dim(D - 1);
-    let var = x.clone().powi_scalar(2).mean_dim(D - 1);
-    let y = x / (var + eps).sqrt() * weight.unsqueeze();
-    match bias {
-        Some(bias) => y + bias.unsqueeze(),
-        None => y,
-    }
+    grad::layer_norm(&x, &weight, bias.as_ref(), eps)
+        .unwrap_or_else(|| compose::layer_norm(x, weight, bias, eps))
 }
 
 /// `activation(gate) * up`.
@@ -126,7 +106,7 @@ pub fn gated(gate: Tensor<3>, up: Tensor<3>, kind: Activation) -> Tensor<3> {
     if let (Some(g), Some(u)) = (host(&gate), host(&up)) {
         return build(g.shape(), |out| cpu::gated(g.slice(), u.slice(), out, kind));
     }
-    kind.apply(gate) * up
+    grad::gated(&gate, &up, kind).unwrap_or_else(|| compose::gated(gate, up, kind))
 }
 
 /// Rotary position embedding, half-split layout of Hugging Face: element `i` of a head pairs with `i + rotary_dim/2`.
@@ -141,19 +121,7 @@ pub fn rope(x: Tensor<3>, cos: Tensor<2>, sin: Tensor<2>, heads: usize) -> Tenso
         cpu::rope(&mut values, c.slice(), s.slice(), heads, head_dim, seq);
         return from_vec(values, Shape::from([batch, seq, width]));
     }
-    let half = cos.dims()[1];
-    let x = x.reshape([batch, seq, heads, head_dim]);
-    let a = x.clone().slice([0..batch, 0..seq, 0..heads, 0..half]);
-    let b = x.clone().slice([0..batch, 0..seq, 0..heads, half..2 * half]);
-    let cos = cos.reshape([1, seq, 1, half]);
-    let sin = sin.reshape([1, seq, 1, half]);
-    let first = a.clone() * cos.clone() - b.clone() * sin.clone();
-    let second = b * cos + a * sin;
-    let mut parts = vec![first, second];
-    if 2 * half < head_dim {
-        parts.push(x.slice([0..batch, 0..seq, 0..heads, 2 * half..head_dim]));
-    }
-    Tensor::cat(parts, 3).reshape([batch, seq, width])
+    grad::rope(&x, &cos, &sin, heads).unwrap_or_else(|| compose::rope(x, cos, sin, heads))
 }
 
 /// The shape of one softmax attention and what each query may see.
@@ -198,34 +166,7 @@ pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: &AttentionSpec)
             cpu::attention(hq.slice(), hk.slice(), hv.slice(), out, batch, seq, keys, spec);
         });
     }
-    let (heads, kv_heads, dim) = (spec.heads, spec.kv_heads, spec.head_dim);
-    let group = heads / kv_heads;
-    let device = q.device();
-    let q = q.reshape([batch, seq, heads, dim]).swap_dims(1, 2);
-    let expand = |x: Tensor<3>| {
-        x.reshape([batch, keys, kv_heads, 1, dim])
-            .expand([batch, keys, kv_heads, group, dim])
-            .reshape([batch, keys, heads, dim])
-            .swap_dims(1, 2)
-    };
-    let (k, v) = (expand(k), expand(v));
-    let mut scores = q.matmul(k.swap_dims(2, 3)) * spec.scale as f64;
-    if let Some(cap) = spec.softcap {
-        scores = (scores / cap as f64).tanh() * cap as f64;
-    }
-    if spec.causal.is_some() || spec.window.is_some() || spec.lengths.is_some() {
-        let mut mask = vec![f32::NEG_INFINITY; batch * seq * keys];
-        for b in 0..batch {
-            for i in 0..seq {
-                let from = (b * seq + i) * keys;
-                let visible = spec.visible(b, i, keys);
-                mask[from + visible.start..from + visible.end].fill(0.0);
-            }
-        }
-        scores =
-            scores + Tensor::<4>::from_data(TensorData::new(mask, [batch, 1, seq, keys]), &device);
-    }
-    act::softmax(scores, 3).matmul(v).swap_dims(1, 2).reshape([batch, seq, width])
+    grad::attention(&q, &k, &v, spec).unwrap_or_else(|| compose::attention(q, k, v, spec))
 }
 
 /// Rows of `table [rows, width]` chosen by `ids`; returns `[batch, seq, width]`.
@@ -233,17 +174,32 @@ pub fn embedding(table: Tensor<2>, ids: &[u32], batch: usize, seq: usize) -> Ten
     let width = table.dims()[1];
     if let Some(t) = host(&table) {
         return build(Shape::from([batch, seq, width]), |out| {
-            for (row, &id) in out.chunks_exact_mut(width).zip(ids) {
-                row.copy_from_slice(&t.slice()[id as usize * width..(id as usize + 1) * width]);
-            }
+            cpu::embedding(t.slice(), ids, out, width);
         });
     }
-    let ids: Vec<i32> = ids.iter().map(|&i| i as i32).collect();
-    let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [batch * seq]), &table.device());
-    table.select(0, ids).reshape([batch, seq, width])
+    grad::embedding(&table, ids, batch, seq)
+        .unwrap_or_else(|| compose::embedding(table, ids, batch, seq))
+}
+
+/// A loss on a few rows of logits: gets the range of rows and their logits `[rows, vocab]`, returns the sum of their losses and
+/// leaves the gradient of that sum in place of the logits. Scaling (a mean, weights) is its business.
+pub type LogitLoss<'a> = dyn Fn(Range<usize>, &mut [f32]) -> f64 + Sync + 'a;
+
+/// A loss on the logits `x · weightᵀ` without ever holding all of them: `x [batch, seq, width]`, `weight [vocab, width]`.
+///
+/// Under autodiff the gradients of `x` and `weight` are computed in the same pass over the logits, as in Liger Kernel
+/// (Hsu et al. 2024). Off the CPU, the logits are copied to the host.
+pub fn head_loss(x: Tensor<3>, weight: Tensor<2>, loss: &LogitLoss) -> Tensor<1> {
+    if let (Some(hx), Some(hw)) = (host(&x), host(&weight)) {
+        let k = weight.dims()[1];
+        let (value, _, _) = back::head_loss(hx.slice(), hw.slice(), k, [false; 2], loss);
+        return Tensor::from_data([value as f32], &x.device());
+    }
+    grad::head_loss(&x, &weight, loss).unwrap_or_else(|| compose::head_loss(x, weight, loss))
 }
 
 /// A contiguous f32 view of a CPU tensor.
+#[derive(Clone)]
 pub(crate) struct Host(FlexTensor);
 
 impl Host {
@@ -256,8 +212,9 @@ impl Host {
         &self.0.storage::<f32>()[start..start + self.0.layout().num_elements()]
     }
 
+    /// The values; no copy when nobody else holds them.
     fn into_vec(self) -> Vec<f32> {
-        self.slice().to_vec()
+        self.0.into_data().try_into_vec().expect("invariant: host tensors are f32")
     }
 }
 
