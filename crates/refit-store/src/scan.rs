@@ -284,6 +284,16 @@ fn archive(path: &Path, name: &str, findings: &mut Findings<'_>) {
         if member.flags & 0x2041 != 0 {
             continue;
         }
+        if !numpy && member.is_bomb() {
+            inside.add(
+                Severity::Danger,
+                format!(
+                    "a zip bomb: {} bytes that unpack to {}; it was not unpacked",
+                    member.compressed, member.size
+                ),
+            );
+            continue;
+        }
         let mut head = [0; 16];
         let head = match archive.read(member).and_then(|reader| read_some(reader, &mut head)) {
             Ok(read) => &head[..read],

@@ -40,10 +40,31 @@ struct Member<'a> {
     flags: u16,
     method: u16,
     wrong_crc: bool,
+    /// Size and checksum before compression.
+    unpacked: Option<(u32, u32)>,
 }
 
 fn member(name: &str, data: impl Into<Vec<u8>>) -> Member<'_> {
-    Member { name, local_name: None, data: data.into(), flags: 0, method: 0, wrong_crc: false }
+    Member {
+        name,
+        local_name: None,
+        data: data.into(),
+        flags: 0,
+        method: 0,
+        wrong_crc: false,
+        unpacked: None,
+    }
+}
+
+fn deflated<'a>(name: &'a str, data: &[u8]) -> Member<'a> {
+    use std::io::Write;
+    let mut encoder =
+        flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::default());
+    encoder.write_all(data).unwrap();
+    let mut crc = flate2::Crc::new();
+    crc.update(data);
+    let unpacked = Some((data.len() as u32, crc.sum()));
+    Member { method: 8, unpacked, ..member(name, encoder.finish().unwrap()) }
 }
 
 fn zip(members: &[Member<'_>]) -> Vec<u8> {
@@ -51,13 +72,14 @@ fn zip(members: &[Member<'_>]) -> Vec<u8> {
     for m in members {
         let mut crc = flate2::Crc::new();
         crc.update(&m.data);
-        let sum = crc.sum() ^ u32::from(m.wrong_crc);
+        let (size, sum) = m.unpacked.unwrap_or((m.data.len() as u32, crc.sum()));
+        let sum = sum ^ u32::from(m.wrong_crc);
         let shared = |name: &str| {
             let mut bytes = Vec::new();
             for short in [20u16, m.flags, m.method, 0, 0] {
                 bytes.extend(short.to_le_bytes());
             }
-            for word in [sum, m.data.len() as u32, m.data.len() as u32] {
+            for word in [sum, m.data.len() as u32, size] {
                 bytes.extend(word.to_le_bytes());
             }
             bytes.extend((name.len() as u16).to_le_bytes());
@@ -474,6 +496,17 @@ fn malicious() -> Files {
         m[2].wrong_crc = true;
         zip(&m)
     });
+    add("bomb.pth", {
+        // A storage of four megabytes of zeros, and a pickle, both shrunk to almost nothing.
+        let mut m = torch_members(state("FloatStorage"));
+        m[2] = deflated("archive/data/0", &vec![0; 4 << 20]);
+        zip(&m)
+    });
+    add("bomb_pickle.pth", {
+        let mut m = torch_members(state("FloatStorage"));
+        m[0] = deflated("archive/data.pkl", &vec![b'N'; 8 << 20]);
+        zip(&m)
+    });
     add("climbs.pth", {
         let mut m = torch_members(state("FloatStorage"));
         m.push(member("../../.bashrc", *b"id"));
@@ -575,17 +608,95 @@ fn harmless_files_pass() {
     assert!(refused.is_empty(), "{}", refused.join("\n"));
 }
 
+/// What a scan must say of each hostile file: where it is, and the call, opcode, member or header that is to
+/// blame. Files named after a callable must name that callable.
+const REASONS: &[(&str, &[&str])] = &[
+    ("stack.pth", &["!archive/data.pkl at byte 14", "`os.system`"]),
+    ("memo.pkl", &["`os.system`"]),
+    ("longmemo.pkl", &["`os.system`"]),
+    ("swapped.pkl", &["`os.system`"]),
+    ("computed.pkl", &["at byte 11", "whose name is computed"]),
+    ("escaped.pkl", &["whose name is computed"]),
+    ("inst.pkl", &["opcode 0x69 (INST)"]),
+    ("obj.pkl", &["`os.system`"]),
+    ("obj_allowed.pkl", &["opcode 0x6f (OBJ)"]),
+    ("newobj.pkl", &["`subprocess.Popen`"]),
+    ("newobj_ex.pkl", &["opcode 0x92 (NEWOBJ_EX)"]),
+    ("ext.pkl", &["opcode 0x82 (EXT)"]),
+    ("persid.pkl", &["opcode 0x50 (PERSID)"]),
+    ("persistent.pkl", &["persistent reference"]),
+    ("build.pkl", &["state is set on something that no call made"]),
+    ("value_called.pkl", &["`FloatStorage` is called"]),
+    ("buffer.pkl", &["opcode 0x97"]),
+    ("result_called.pkl", &["whose name cannot be told"]),
+    ("behind.pkl", &["at byte 4", "behind the end of the pickle"]),
+    ("behind.pth", &["!archive/data.pkl", "behind the end of the pickle"]),
+    ("behind_legacy.pth", &["behind the end of the pickle"]),
+    ("in_legacy.pth", &["`os.system`"]),
+    ("extension.txt", &["`os.system`"]),
+    ("weights.dat", &["`os.system`"]),
+    ("model.safetensors", &["header length", "outside the file"]),
+    ("text_protocol.md", &["`os.system`"]),
+    ("nested.pth", &["!archive/extra.pkl", "`os.system`"]),
+    ("nested_zip.pth", &["!archive/inner.bin", "inside an archive"]),
+    ("script.pt", &["!archive/code/__torch__.py", "TorchScript"]),
+    ("gzip.pth", &["gzip"]),
+    ("encrypted.pth", &["`archive/data.pkl` is marked as encrypted"]),
+    ("duplicate.pth", &["`archive/data.pkl` occurs twice"]),
+    ("two_names.pth", &["archive/version2 in the directory and archive/data.pkl before it"]),
+    ("method.pth", &["compression method 12"]),
+    ("checksum.pth", &["`archive/data/0` has another checksum"]),
+    ("bomb.pth", &["!archive/data/0", "zip bomb", "unpack to 4194304"]),
+    ("bomb_pickle.pth", &["!archive/data.pkl", "zip bomb"]),
+    ("climbs.pth", &["`../../.bashrc` is not a plain relative name"]),
+    ("prepended.bin", &["`os.system`"]),
+    ("appended.pth", &["data stands behind the archive"]),
+    ("truncated.pth", &["cut off"]),
+    ("truncated.pkl", &["the stream is cut off"]),
+    ("cut_after_call.pkl", &["`os.system`"]),
+    ("objects.npy", &["unpickles"]),
+    ("objects.npz", &["!x.npy", "unpickles"]),
+    ("huge.safetensors", &["header length 18446744073709551615"]),
+    ("outside.safetensors", &["tensor `a`: bytes 0..8 lie outside the 4 bytes"]),
+    ("overlap.safetensors", &["overlap at byte 4"]),
+    ("hole.safetensors", &["a hole where something can hide at byte 0"]),
+    ("tail.safetensors", &["60 bytes behind the last tensor"]),
+    ("twice.safetensors", &["tensor `a` occurs twice"]),
+    ("meta.safetensors", &["metadata `x` begins like code"]),
+    ("far.gguf", &["tensors take 4398046511104 bytes, but 128"]),
+    ("twice.gguf", &["tensor `w` occurs twice"]),
+    ("overlap.gguf", &["`w` and `v` overlap"]),
+    ("version.gguf", &["version 99"]),
+    ("template.gguf", &["`tokenizer.chat_template` uses `__class__`"]),
+    ("joined.gguf", &["`tokenizer.chat_template` uses `__class__`"]),
+    ("attr.jinja", &["uses `\\x5f`"]),
+    ("tokenizer_config.json", &["`chat_template` uses `__globals__`"]),
+    ("hydra.json", &["`_target_`"]),
+    ("object.yaml", &["YAML tag that runs Python"]),
+];
+
 #[test]
-fn hostile_files_are_refused_every_one() {
+fn hostile_files_are_refused_every_one_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
     let files = malicious();
     assert!(files.len() >= 60, "{}", files.len());
-    let passed: Vec<_> = files
-        .iter()
-        .filter(|(name, bytes)| verdict(dir.path(), name, bytes).0)
-        .map(|(name, _)| name)
-        .collect();
-    assert!(passed.is_empty(), "{passed:?}");
+    for (name, bytes) in files {
+        let (safe, why) = verdict(dir.path(), &name, &bytes);
+        assert!(!safe, "{name} passes: {why}");
+        assert!(why.contains(&name), "{name} is not named: {why}");
+        match REASONS.iter().find(|(file, _)| *file == name) {
+            Some((_, parts)) => {
+                for part in *parts {
+                    assert!(why.contains(part), "{name}: `{part}` is not in: {why}");
+                }
+            }
+            None => {
+                let callable = name.strip_suffix(".pkl").unwrap();
+                let named = format!("at byte 2: `{callable}` is not among the callables");
+                assert!(why.contains(&named), "{name}: {why}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -609,6 +720,12 @@ fn a_directory_is_scanned_whole() {
     let report = scan(dir.path()).unwrap();
     assert_eq!((report.files, report.worst()), (2, Some(Severity::Warning)));
     assert!(report.is_safe() && report.findings.len() == 2);
+    let reasons: Vec<_> = report.findings.iter().map(ToString::to_string).collect();
+    assert!(reasons[0].starts_with("config.json: `auto_map` names Python classes"), "{reasons:?}");
+    assert!(reasons[1].starts_with("modeling.py: code; refit never runs it"), "{reasons:?}");
+    fs::write(dir.path().join("config.json"), br#"{"trust_remote_code": true}"#).unwrap();
+    let reasons = scan(dir.path()).unwrap().findings;
+    assert!(reasons[0].to_string().starts_with("config.json: `trust_remote_code`"), "{reasons:?}");
     fs::write(
         dir.path().join("sub/weights.txt"),
         op::pickle(&op::call(op::global("os", "system"))),
@@ -618,6 +735,35 @@ fn a_directory_is_scanned_whole() {
     assert!(!report.is_safe());
     assert_eq!(report.findings[0].file, "sub/weights.txt");
     assert!(report.findings[0].what.contains("os.system"));
+}
+
+#[test]
+fn what_only_the_whole_model_shows_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+    fs::write(dir.path().join("one.safetensors"), safetensors(one, 8)).unwrap();
+    fs::write(dir.path().join("config.json"), br#"{"model_type":"llama","num_hidden_layers":1}"#)
+        .unwrap();
+    let lines = || -> Vec<String> {
+        let report = scan(dir.path()).unwrap();
+        report.findings.iter().map(|f| format!("{:?} {f}", f.severity)).collect()
+    };
+    let found = lines();
+    assert!(
+        found[0].contains("Note")
+            && found[0].contains("tensors missing (`model.embed_tokens.weight`")
+    );
+    assert!(found[1].contains("1 tensor (`a`) that the architecture"), "{found:?}");
+    let index = dir.path().join("model.safetensors.index.json");
+    fs::write(&index, r#"{"weight_map":{"a":"../one.safetensors"}}"#).unwrap();
+    let found = lines();
+    assert!(
+        found[0].starts_with("Danger model.safetensors.index.json: shard `../one.safetensors`"),
+        "{found:?}"
+    );
+    fs::write(&index, r#"{"weight_map":{"a":"gone.safetensors"}}"#).unwrap();
+    let found = lines();
+    assert!(found[0].starts_with("Warning") && found[0].contains("gone.safetensors"), "{found:?}");
 }
 
 #[cfg(unix)]

@@ -168,6 +168,8 @@ pub fn resolve<'a>(
         .map(String::as_str)
         .chain(schema.prefixes.is_empty().then_some(""))
         .map(|prefix| Matcher::new(schema, config, &stored, prefix).run())
+        // Of equals the last is taken: that must be the usual prefix, which comes first.
+        .rev()
         .max_by_key(|matcher| (matcher.hits, std::cmp::Reverse(matcher.missing.len())))
         .expect("invariant: at least one prefix is tried");
     let model_type = model_type.unwrap_or(&schema.model_type).to_owned();

@@ -30,6 +30,12 @@ impl Member {
         self.name.ends_with('/')
     }
 
+    /// True for more than two hundred times its compressed size, and more than a megabyte: weights and code shrink
+    /// to a tenth at most.
+    pub fn is_bomb(&self) -> bool {
+        self.size > 1 << 20 && self.size / 200 > self.compressed
+    }
+
     /// True for a relative name without `..`, drive letters, backslashes or NUL.
     pub fn has_safe_name(&self) -> bool {
         let name = self.name.trim_end_matches('/');
