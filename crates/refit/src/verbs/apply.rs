@@ -227,7 +227,7 @@ impl Request {
             ("tensors", format!("{} changed of {}", plan.changed(), plan.tensors.len())),
             ("output", number::bytes(plan.output_bytes)),
             ("peak memory", format!("about {}", number::bytes(plan.peak_memory))),
-            ("parameters", plan.parameters.to_string()),
+            ("parameters", spelt(&plan.parameters)),
         ]));
         for (i, step) in plan.steps.iter().enumerate() {
             text.push_str(&format!("{}. {step}\n", i + 1));
@@ -307,12 +307,9 @@ impl Applied {
         if let Some(peak) = peak {
             facts.push(("peak memory", number::bytes(peak)));
         }
+        let reported = reported(&self.output.report);
+        facts.extend(reported.iter().map(|(name, value)| (name.as_str(), value.clone())));
         let mut text = output::facts(facts);
-        if let Value::Object(report) = &self.output.report {
-            for (key, value) in report.iter().filter(|(_, v)| v.is_number() || v.is_string()) {
-                text.push_str(&format!("{}  {value}\n", key.replace('_', " ")));
-            }
-        }
         push_lines(&mut text, "warning", &self.output.warnings);
         let json = json!({
             "artifact": self.output.artifact,
@@ -326,6 +323,31 @@ impl Applied {
         });
         Outcome::new(json, text)
     }
+}
+
+/// What a method measured, fit for a reader.
+fn reported(report: &Value) -> Vec<(String, String)> {
+    let words = |key: &str, value: &Value| match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(n) => Some(match (n.as_u64(), key.contains("bytes")) {
+            (Some(n), true) => number::bytes(n),
+            (Some(n), false) => number::count(n),
+            (None, _) => number::plain(n.as_f64()?),
+        }),
+        _ => None,
+    };
+    let rows = report.as_object().into_iter().flatten();
+    rows.filter_map(|(key, value)| Some((key.replace('_', " "), words(key, value)?))).collect()
+}
+
+/// Parameters in the order of their declaration: `bits 3, group 64`.
+fn spelt(parameters: &Value) -> String {
+    let set = parameters.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    let words = set.map(|(key, value)| match value {
+        Value::String(text) => format!("{key} {text}"),
+        other => format!("{key} {other}"),
+    });
+    words.collect::<Vec<_>>().join(", ")
 }
 
 fn push_lines(text: &mut String, kind: &str, lines: &[String]) {

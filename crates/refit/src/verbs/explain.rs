@@ -37,9 +37,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         Some(key) => explain_key(&model.artifact, key),
         None => {
             let lines = lines(&model.artifact)?;
-            let width = lines.iter().map(|l| l.says.chars().count()).max().unwrap_or(0).min(96);
             let text: String =
-                lines.iter().map(|l| format!("{:width$}  [{}]\n", l.says, l.source)).collect();
+                lines.iter().map(|l| format!("{} [{}]\n", l.says, l.source)).collect();
             let list: Vec<Value> =
                 lines.iter().map(|l| json!({"says": l.says, "source": l.source})).collect();
             Ok(Outcome::new(json!({"model": args.model, "lines": list}), text))

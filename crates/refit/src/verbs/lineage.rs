@@ -61,7 +61,7 @@ fn tree(checked: &Verification, depth: usize, out: &mut String) {
         out.push_str(&format!("{pad}! {problem}\n"));
     }
     for parent in &checked.parents {
-        out.push_str(&format!("{pad}from {} ({})", parent.name, parent.source));
+        out.push_str(&format!("{pad}from {}", parent.source));
         match &parent.status {
             ParentStatus::Found(below) => {
                 out.push('\n');

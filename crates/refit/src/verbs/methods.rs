@@ -56,18 +56,31 @@ pub fn run(_app: &App, args: Args) -> Result<Outcome> {
             family = entry.info.family.as_str();
             text.push_str(&format!("{}\n", family.to_uppercase()));
         }
-        table.row([
-            entry.info.name.to_owned(),
-            needs(&entry.info.inputs),
-            entry.info.paper.reference.to_owned(),
-            entry.info.summary.to_owned(),
-        ]);
+        let cells = [entry.info.name, &needs(&entry.info.inputs), entry.info.paper.reference];
+        wrapped_row(&mut table, &cells, entry.info.summary);
     }
     text.push_str(&format!(
         "{table}\nrefit show METHOD tells more; refit apply METHOD --help lists its flags"
     ));
     let list: Vec<Value> = entries.iter().map(|e| json!(e.info)).collect();
     Ok(Outcome::new(json!({"methods": list}), text))
+}
+
+/// A row whose last cell goes on in further lines.
+fn wrapped_row(table: &mut Table, cells: &[&str], last: &str) {
+    const WIDTH: usize = 64;
+    let mut lines = vec![String::new()];
+    for word in last.split_whitespace() {
+        let line = lines.last_mut().expect("invariant: there is always a line");
+        match line.is_empty() || line.chars().count() + 1 + word.chars().count() <= WIDTH {
+            true => line.extend([if line.is_empty() { "" } else { " " }, word]),
+            false => lines.push(word.to_owned()),
+        }
+    }
+    for (i, line) in lines.into_iter().enumerate() {
+        let cell = |text: &&str| if i == 0 { (*text).to_owned() } else { String::new() };
+        table.row(cells.iter().map(cell).chain([line]));
+    }
 }
 
 /// Writes the pages; those that are there are replaced.
@@ -144,6 +157,7 @@ pub fn show(_app: &App, args: ShowArgs) -> Result<Outcome> {
         (None, None) => {}
     }
     let mut table = Table::new(3, &["flag", "default", "meaning"]);
+    let command = entry.command();
     let empty = serde_json::Map::new();
     for (name, field) in schema["properties"].as_object().unwrap_or(&empty) {
         let default = match &defaults[name] {
@@ -152,8 +166,19 @@ pub fn show(_app: &App, args: ShowArgs) -> Result<Outcome> {
             other => other.to_string(),
         };
         let meaning = field["description"].as_str().unwrap_or_default();
-        let first = meaning.split("\n\n").next().unwrap_or_default().replace('\n', " ");
-        table.row([format!("--{}", name.replace('_', "-")), default, first]);
+        let mut first = meaning.split("\n\n").next().unwrap_or_default().replace('\n', " ");
+        let flag = command.get_arguments().find(|arg| arg.get_id() == name.as_str());
+        let values = flag.filter(|arg| arg.get_action().takes_values());
+        let values: Vec<String> = values
+            .map(clap::Arg::get_possible_values)
+            .unwrap_or_default()
+            .iter()
+            .map(|value| value.get_name().to_owned())
+            .collect();
+        if !values.is_empty() {
+            first.push_str(&format!(" One of: {}.", values.join(", ")));
+        }
+        wrapped_row(&mut table, &[&format!("--{}", name.replace('_', "-")), &default], &first);
     }
     let example = example(entry);
     let text = format!("{}\n{table}\nexample\n  {example}", output::facts(facts));
