@@ -60,10 +60,15 @@ impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotFinite { tensor, nan, infinite, first } => {
-                write!(
-                    f,
-                    "tensor `{tensor}` holds {nan} NaN and {infinite} infinite values, first at index {first}"
-                )
+                let counts = [(*nan, "NaN"), (*infinite, "infinite")];
+                let counts: Vec<_> = counts
+                    .iter()
+                    .filter(|(count, _)| *count > 0)
+                    .map(|(count, kind)| format!("{count} {kind}"))
+                    .collect();
+                let (counts, one) = (counts.join(" and "), nan + infinite == 1);
+                let values = if one { "value" } else { "values" };
+                write!(f, "tensor `{tensor}` holds {counts} {values}, first at index {first}")
             }
             Self::ZeroRows { tensor, rows, of, first } => {
                 write!(f, "tensor `{tensor}`: {rows} of {of} rows are all zero, first row {first}")

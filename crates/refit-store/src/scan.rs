@@ -110,7 +110,7 @@ fn whole(path: &Path, report: &mut ScanReport) {
             if let Some(strays) = fit.strays() {
                 findings.add(
                     Severity::Note,
-                    format!("{strays} that the architecture of config.json does not have"),
+                    format!("not part of the architecture that config.json names: {strays}"),
                 );
             }
         }

@@ -64,8 +64,7 @@ pub fn check_kind(artifact: &Artifact, verb: &str) -> Result {
 pub fn strays(artifact: &Artifact) -> Option<String> {
     let strays = artifact.load_report().strays()?;
     Some(format!(
-        "{}: {strays} that architecture `{}` does not have; running the model ignores them, methods copy \
-         them as they are",
+        "{}: not part of architecture `{}`: {strays}; ignored where the model runs, copied by methods",
         artifact.path().display(),
         artifact.architecture().model_type
     ))

@@ -141,28 +141,45 @@ fn the_same_bytes_whatever_the_number_of_threads() {
 #[test]
 fn a_killed_run_resumes_to_the_same_bytes() {
     let place = Place::new();
-    let args = ["apply", "finequant", "builtin:tiny", "--bits", "3", "--quiet"];
-    place.run(&[&args[..], &["-o", "whole"]].concat()).code(0);
-    let whole = contents(&place.path("whole"));
-    assert!(!whole.is_empty());
-    // Whatever instant the kill hits: never a half-written output, and the next run completes it.
-    for milliseconds in [1, 5, 10, 20, 40, 80, 160] {
-        let out = format!("killed-{milliseconds}");
-        let mut command = place.command();
-        let mut child =
-            command.args(args).args(["-o", &out]).stdout(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        if !place.path(&out).exists() {
-            place.run(&[&args[..], &["-o", &out]].concat()).code(0);
-        }
-        let weights = |files: &[(String, Vec<u8>)]| -> Vec<(String, Vec<u8>)> {
-            files.iter().filter(|(name, _)| name.ends_with(".safetensors")).cloned().collect()
+    let calibration =
+        ["--text", "builtin:calibration", "--samples", "2", "--sequence-length", "64"];
+    let methods = [
+        [&["apply", "finequant", "builtin:tiny", "--bits", "3"][..], &[]].concat(),
+        [&["apply", "wanda", "builtin:tiny"][..], &calibration].concat(),
+        [&["apply", "gptq", "builtin:tiny", "--group", "64"][..], &calibration].concat(),
+    ];
+    for args in &methods {
+        let (method, mut caught) = (args[1], 0);
+        let whole = format!("{method}-whole");
+        place.run(&[args, &["-o", &whole][..]].concat()).code(0);
+        let weights = |out: &str| -> Vec<(String, Vec<u8>)> {
+            let files = contents(&place.path(out)).into_iter();
+            files.filter(|(name, _)| name.ends_with(".safetensors")).collect()
         };
-        let resumed = contents(&place.path(&out));
-        assert!(weights(&resumed) == weights(&whole), "after {milliseconds} ms");
-        assert_eq!(resumed.len(), whole.len());
+        // Killed as soon as so many tensors are finished: never a half-written output, and the next run
+        // completes it.
+        for finished in [0, 1, 5, 20] {
+            let out = format!("{method}-{finished}");
+            let (done, journal) =
+                (place.path(&out), place.path(&format!(".{out}.refit-partial/.refit-journal")));
+            let mut command = place.command();
+            command.args(args).args(["-o", &out]).stdout(Stdio::null()).stderr(Stdio::null());
+            let mut child = command.spawn().unwrap();
+            let lines = || std::fs::read_to_string(&journal).map_or(0, |text| text.lines().count());
+            // Its first line names the plan.
+            while lines() <= finished && !done.exists() && child.try_wait().unwrap().is_none() {
+                std::thread::sleep(std::time::Duration::from_micros(200));
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            caught += usize::from(!done.exists());
+            if !done.exists() {
+                place.run(&[args, &["-o", &out][..]].concat()).code(0);
+            }
+            assert!(weights(&out) == weights(&whole), "{method} killed after {finished} tensors");
+            assert_eq!(contents(&done).len(), contents(&place.path(&whole)).len());
+        }
+        assert!(caught > 0, "{method}: every run was over before it could be killed");
     }
     let left: Vec<String> = place.names().into_iter().filter(|n| n.contains("partial")).collect();
     assert!(left.is_empty(), "{left:?}");

@@ -488,6 +488,8 @@ fn windows_larger_than_the_context() {
     eval("100000").code(2).says(&["--window 100000", "512", "or less"]);
     eval("1").code(2).says(&["--window 1", "2 tokens"]);
     eval("0").code(2).says(&["--window 0", "2 tokens"]);
+    let few = ["eval", "builtin:tiny", "--text", "builtin:kjv", "--max-tokens", "1"];
+    place.refuses(&few, 2, &["--max-tokens 1", "at least 2"]);
     // Without the flag the window is what the model can take.
     let args = ["eval", "builtin:tiny", "--text", "builtin:kjv", "--max-tokens", "64", "--json"];
     assert_eq!(place.run(&args).json()["window"], 512);

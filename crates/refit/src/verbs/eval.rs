@@ -35,6 +35,11 @@ const WINDOW: usize = 1024;
 
 /// Measures one model.
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
+    if let Some(few @ 0..2) = args.max_tokens {
+        return Err(Failure::usage(format!(
+            "--max-tokens {few}: at least 2 tokens are needed, since a window's first token is not scored"
+        )));
+    }
     let model = inputs::open(app, &args.model)?;
     inputs::check_kind(&model.artifact, "eval")?;
     let context = model.artifact.architecture().dims.context;
