@@ -131,6 +131,48 @@ fn headers_that_lie() {
 }
 
 #[test]
+fn gguf_headers_that_lie() {
+    let place = Place::new();
+    let [_, (_, whole), ..] = whole_files();
+    let (query, key) = ("blk.0.attn_q.weight", "blk.0.attn_k.weight");
+    let position = |name: &str| {
+        whole.windows(name.len()).position(|window| window == name.as_bytes()).unwrap()
+    };
+    // Behind a tensor's name: u32 rank, two u64 dimensions, u32 type, u64 offset.
+    let entry = position(query) + query.len();
+    let edited = |at: usize, with: &[u8]| {
+        let mut bytes = whole.clone();
+        bytes[at..at + with.len()].copy_from_slice(with);
+        bytes
+    };
+    let cases: &[(&str, Vec<u8>, &[&str])] = &[
+        ("twice", edited(position(query), key.as_bytes()), &[key, "occurs twice"]),
+        (
+            "beyond",
+            edited(entry + 24, &(1u64 << 40).to_le_bytes()),
+            &[query, "outside", "download"],
+        ),
+        ("negative", edited(entry + 24, &(-32i64).to_le_bytes()), &[query, "outside", "download"]),
+        ("overlap", edited(entry + 24, &0u64.to_le_bytes()), &["overlap"]),
+        ("crooked", edited(entry + 24, &1u64.to_le_bytes()), &[query, "alignment"]),
+        ("vast", edited(entry + 4, &[0xe0; 16]), &[query, "overflows"]),
+        ("no-type", edited(entry + 20, &200u32.to_le_bytes()), &[query, "number 200 of GGML"]),
+        ("many", edited(8, &u64::MAX.to_le_bytes()), &["truncated or damaged"]),
+        (
+            "long-key",
+            edited(24, &(1u64 << 60).to_le_bytes()),
+            &["a metadata key needs", "download"],
+        ),
+        ("new", edited(4, &99u32.to_le_bytes()), &["version 99", "reads 2 and 3"]),
+    ];
+    for (name, bytes, parts) in cases {
+        let path = place.write(&format!("{name}.gguf"), bytes);
+        refused_everywhere(&place, &path, &[&[path.as_str()][..], parts].concat());
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+#[test]
 fn shards_that_lead_outside_or_are_missing() {
     let place = Place::new();
     let shard = safetensors(&[("a.weight", &[2, 2], vec![1.0; 4])]);
@@ -675,7 +717,7 @@ fn files_that_attack() {
             "os.system",
         ),
         ("posix.pth", b"\x80\x02cposix\nsystem\nX\x02\0\0\0id\x85R.", "posix.system"),
-        ("builtins.bin", b"\x80\x02cbuiltins\nexec\nX\x01\0\0\01\x85R.", "builtins.exec"),
+        ("builtins.bin", b"\x80\x02cbuiltins\nexec\nX\x01\0\0\x001\x85R.", "builtins.exec"),
         ("getattr.pt", b"\x80\x02cbuiltins\ngetattr\ncos\nsystem\n.", "builtins.getattr"),
         ("pip.ckpt", b"\x80\x02cpip\nmain\n]X\x07\0\0\0installa\x85R.", "pip.main"),
         ("inst.pkl", b"(X\x02\0\0\0idios\nsystem\n.", "INST"),
