@@ -41,7 +41,7 @@ impl<'a> Loader<'a> {
             .prefixes
             .iter()
             .copied()
-            .find(|prefix| artifact.tensor(&format!("{prefix}{landmark}")).is_ok())
+            .find(|prefix| artifact.contains(&format!("{prefix}{landmark}")))
             .ok_or_else(|| Error::Missing { name: format!("{}{landmark}", names.prefixes[0]) })?;
         Ok(Self {
             artifact,
@@ -91,12 +91,13 @@ impl<'a> Loader<'a> {
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.artifact.tensor(name).is_ok()
+        self.artifact.contains(name)
     }
 
     /// A view of the file's own bytes, where they are f32 already.
     fn mapped(&self, name: &str) -> Option<Bytes> {
-        let info = self.artifact.tensor(name).ok()?;
+        // Asked first: the error of a missing tensor searches for similar names.
+        let info = self.artifact.contains(name).then(|| self.artifact.tensor(name).ok())??;
         if info.dtype != refit_store::DType::F32 {
             return None;
         }

@@ -140,14 +140,18 @@ pub fn main() -> Code {
     // `apply` is not derived: its flags come from the methods.
     let (global, result) = if let Some(("apply", sub)) = matches.subcommand() {
         match Global::from_arg_matches(&matches) {
-            Ok(global) => {
-                (global.clone(), setup(global).and_then(|app| verbs::apply::run(&app, sub)))
-            }
+            Ok(global) => (
+                global.clone(),
+                setup(global).and_then(|app| in_pool(|| verbs::apply::run(&app, sub))),
+            ),
             Err(error) => return refuse(&error),
         }
     } else {
         match Cli::from_arg_matches(&matches) {
-            Ok(cli) => (cli.global.clone(), setup(cli.global).and_then(|app| cli.verb.run(&app))),
+            Ok(cli) => (
+                cli.global.clone(),
+                setup(cli.global).and_then(|app| in_pool(|| cli.verb.run(&app))),
+            ),
             Err(error) => return refuse(&error),
         }
     };
@@ -157,6 +161,12 @@ pub fn main() -> Code {
         output::print_failure(&failure, as_json);
         failure.code
     })
+}
+
+/// Works on one of the worker threads: kernels then start where they are called instead of waking others and
+/// waiting for them, hundreds of times per token, and there are no more busy threads than workers.
+fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
 }
 
 /// The whole command.
@@ -181,12 +191,12 @@ fn setup(global: Global) -> Result<App> {
             "--device {name}: this refit was built without it; build one with `cargo build --release -p refit --features {name}`"
         )));
     }
-    if let Some(threads) = global.threads {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads.into())
-            .build_global()
-            .map_err(|e| Failure::system(format!("--threads {threads}: cannot start them: {e}")))?;
-    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(global.threads.map_or(0, Into::into))
+        // Verbs run on a worker: give it the stack that a main thread has.
+        .stack_size(8 << 20)
+        .build_global()
+        .map_err(|e| Failure::system(format!("cannot start the worker threads: {e}")))?;
     let progress = Arc::new(Progress::new(Style::choose(global.quiet)));
     Ok(App { global, progress })
 }

@@ -94,7 +94,10 @@ fn mistakes_in_recipes_name_line_and_remedy_and_nothing_is_written() {
         assert_eq!(place.names(), ["bad.yaml"]);
     };
     refuse(RECIPE.replace("    window:", "    windw:"), &["bad.yaml", "line 22", "`window`"]);
-    refuse(RECIPE.replace("apply: finequant", "apply: finquant"), &["bad.yaml", "line 14", "finequant"]);
+    refuse(
+        RECIPE.replace("apply: finequant", "apply: finquant"),
+        &["bad.yaml", "line 14", "finequant"],
+    );
     refuse(RECIPE.replace("target_bpw", "target_bwp"), &["line 14", "target_bpw"]);
     refuse(RECIPE.replace("reference: original", "reference: orignal"), &["`original`"]);
     refuse(RECIPE.replace("builtin:kjv\n", "gone.txt\n"), &["held-out", "gone.txt"]);
