@@ -37,6 +37,16 @@ pub struct Decoder {
 }
 
 impl Frame {
+    /// A frame from its parts.
+    pub(crate) fn new(
+        embed: Embedding,
+        norm: Norm,
+        head: Option<Linear>,
+        config: TransformerConfig,
+    ) -> Self {
+        Self { embed, positions: None, norm, head, config }
+    }
+
     /// Loads the frame of a decoder.
     ///
     /// # Errors
@@ -118,6 +128,38 @@ impl Frame {
             Some(cap) => (logits / cap).tanh() * cap,
             None => logits,
         }
+    }
+}
+
+impl Frame {
+    /// A loss on the logits of `x [batch, seq, hidden]` without ever holding all of them; see [`ops::head_loss`].
+    pub fn head_loss(&self, x: Tensor<3>, loss: &ops::LogitLoss, run: &mut Run) -> Tensor<1> {
+        let x = run.tap(|| "final:in".into(), x);
+        let x = self.norm.forward(x);
+        let weight = match &self.head {
+            Some(head) => head.weight(),
+            None => self.embed.weight.val(),
+        };
+        let bias = self.head.as_ref().and_then(|head| head.bias.as_ref()).map(|b| b.val());
+        if let Some(bias) = bias {
+            // One more input that is always 1 carries the bias.
+            let [batch, seq, _] = x.dims();
+            let ones = Tensor::ones([batch, seq, 1], &x.device());
+            let x = Tensor::cat(vec![x, ones], 2);
+            let weight = Tensor::cat(vec![weight, bias.unsqueeze_dim(1)], 1);
+            return ops::head_loss(x, weight, loss);
+        }
+        let Some(cap) = self.config.logit_softcap else {
+            return ops::head_loss(x, weight, loss);
+        };
+        let cap = cap as f32;
+        ops::head_loss(x, weight, &|rows, logits| {
+            logits.iter_mut().for_each(|l| *l = (*l / cap).tanh() * cap);
+            let capped = logits.to_vec();
+            let value = loss(rows, logits);
+            logits.iter_mut().zip(capped).for_each(|(g, l)| *g *= 1.0 - (l / cap).powi(2));
+            value
+        })
     }
 }
 

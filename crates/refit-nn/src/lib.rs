@@ -3,6 +3,7 @@
 //! [`Model::load`] brings an artifact to life. A model is code-free of methods: whatever a method changes is an
 //! [`operator::Operator`] at a named site. Decoding state ([`cache::Cache`]) and observation ([`run::Tap`]) belong to the caller.
 
+pub mod adapt;
 pub mod block;
 pub mod cache;
 pub mod config;
@@ -12,10 +13,12 @@ pub mod encoder;
 pub mod error;
 pub mod generate;
 pub mod load;
+pub mod named;
 mod names;
 pub mod operator;
 pub mod ops;
 pub mod run;
+pub mod scratch;
 pub mod vision;
 
 use burn::tensor::Device;
@@ -28,6 +31,7 @@ pub use decoder::{Decoder, Frame};
 pub use device::device;
 pub use encoder::{Encoder, Pooling};
 pub use error::{Error, Result};
+pub use named::{Parameter, Trainable};
 pub use run::{Run, Tap};
 
 /// A model that can be run.

@@ -6,8 +6,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
-use crate::ops;
 use crate::run::Run;
+use crate::{adapt, ops};
 
 /// A full weight matrix `[out, in]`, the layout of checkpoints.
 #[derive(Module, Debug)]
@@ -58,7 +58,7 @@ impl Linear {
         let x = run.tap(|| format!("{}:in", self.site), x);
         let bias = self.bias.as_ref().map(|b| b.val());
         let y = match &self.op {
-            Operator::Dense(dense) => ops::linear(x, dense.weight.val(), bias),
+            Operator::Dense(dense) => adapt::forward(dense, x, bias),
             Operator::LowRank(pair) => {
                 ops::linear(ops::linear(x, pair.down.val(), None), pair.up.val(), bias)
             }

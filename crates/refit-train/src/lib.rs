@@ -9,5 +9,6 @@ pub mod measure;
 pub mod observe;
 pub mod rng;
 pub mod stats;
+pub mod train;
 
 pub use error::{BoxError, Error, Result};
