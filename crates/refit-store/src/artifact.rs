@@ -305,27 +305,24 @@ impl Artifact {
             .map_err(|reason| Error::Tokenizer { path: self.path.clone(), reason })
     }
 
-    /// SHA-256 over (name, element type, shape, stored bytes) of every tensor in name order: the same for the
-    /// same weights, however they are sharded.
+    /// BLAKE3 over (name, element type, shape, BLAKE3 of the stored bytes) of every tensor in name order: the same for
+    /// the same weights, however they are sharded.
     pub fn content_hash(&self) -> Result<String> {
-        let mut digest = Sha256::new();
-        let mut buffer = Vec::new();
-        for entry in &self.entries {
+        let contents: Vec<blake3::Hash> = self
+            .entries
+            .par_iter()
+            .map(|entry| hash::blake3(entry.info.nbytes, |at, part| entry.read_raw(at, part)))
+            .collect::<Result<_>>()?;
+        let mut digest = blake3::Hasher::new();
+        for (entry, content) in self.entries.iter().zip(&contents) {
             let info = &entry.info;
             for part in [&info.name, &info.dtype.to_string(), &format!("{:?}", info.shape)] {
-                digest.update((part.len() as u64).to_le_bytes());
-                digest.update(part);
+                digest.update(&(part.len() as u64).to_le_bytes());
+                digest.update(part.as_bytes());
             }
-            let mut at = 0;
-            while at < info.nbytes {
-                let len = (info.nbytes - at).min(1 << 20);
-                buffer.resize(len as usize, 0);
-                entry.read_raw(at, &mut buffer)?;
-                digest.update(&buffer);
-                at += len;
-            }
+            digest.update(content.as_bytes());
         }
-        Ok(hash::format(&digest.finalize()))
+        Ok(digest.finalize().to_string())
     }
 
     /// Digest of every file on disk that belongs to the artifact, sorted by name.

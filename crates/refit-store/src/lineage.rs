@@ -1,8 +1,8 @@
 //! Lineage: where an artifact comes from, in a manifest beside it that can be checked.
 //!
 //! `refit.lineage.json` names the method and its parameters, the parents with their hashes (a graph, since merges
-//! have several), the data, and the sha256 of every file and tensor that was written. It holds no time unless the
-//! caller gives one, so the same work gives the same bytes.
+//! have several), the data, the sha256 of every file and the BLAKE3 of every tensor that was written. It holds no
+//! time unless the caller gives one, so the same work gives the same bytes.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -58,7 +58,7 @@ pub struct Lineage {
     /// Files that were written, sorted by name; the manifest and the card are not among them.
     #[serde(default)]
     pub outputs: Vec<FileRecord>,
-    /// sha256 of every tensor's stored bytes.
+    /// BLAKE3 of every tensor's stored bytes.
     #[serde(default)]
     pub tensors: BTreeMap<String, String>,
 }
@@ -445,13 +445,14 @@ fn damaged_tensors(
         let fits = start <= end && end <= length - 8 - header_bytes;
         let found = fits.then(|| {
             file.seek(SeekFrom::Start(8 + header_bytes + start))?;
-            hash::reader((&mut file).take(end - start))
+            hash::blake3(end - start, |_, part| file.read_exact(part))
+                .map(|found| found.to_string())
         });
         match found {
             None => damaged.push((name, "its bytes lie outside the file".to_owned())),
             Some(Err(error)) => damaged.push((name, format!("cannot be read: {error}"))),
             Some(Ok(found)) if found != *want => {
-                damaged.push((name, format!("sha256 is {found}, the manifest says {want}")));
+                damaged.push((name, format!("BLAKE3 is {found}, the manifest says {want}")));
             }
             Some(Ok(_)) => {}
         }

@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 
 pub use plan::{TensorSpec, WritePlan};
 
@@ -241,20 +240,12 @@ impl ArtifactWriter {
 
     fn tensor_hashes(&self) -> Result<Vec<(String, String)>> {
         let digest = |slot: &Slot| {
-            let mut digest = Sha256::new();
-            let mut buffer = vec![0; slot.nbytes.min(1 << 18) as usize];
-            let mut at = 0;
-            while at < slot.nbytes {
-                let len = (slot.nbytes - at).min(buffer.len() as u64) as usize;
-                self.files[slot.shard]
-                    .read_exact_at(&mut buffer[..len], slot.offset + at)
-                    .map_err(|e| {
-                        Error::io(self.dir.join(&self.layout.shards[slot.shard].name), "read", e)
-                    })?;
-                digest.update(&buffer[..len]);
-                at += len as u64;
-            }
-            Ok((slot.name.clone(), hash::format(&digest.finalize())))
+            let content = hash::blake3(slot.nbytes, |at, part| {
+                self.files[slot.shard].read_exact_at(part, slot.offset + at).map_err(|e| {
+                    Error::io(self.dir.join(&self.layout.shards[slot.shard].name), "read", e)
+                })
+            })?;
+            Ok((slot.name.clone(), content.to_string()))
         };
         self.layout.slots.par_iter().map(digest).collect()
     }

@@ -109,7 +109,7 @@ pub struct ArtifactRecord {
     /// Names of the models it was made from.
     #[serde(default)]
     pub parents: Vec<String>,
-    /// SHA-256 over names, types, shapes and bytes of all tensors.
+    /// BLAKE3 over names, types, shapes and bytes of all tensors.
     pub content_hash: String,
     /// Number of parameters.
     pub parameter_count: u64,

@@ -238,7 +238,7 @@ pub(super) fn lineage(page: &mut String, run: &RunRecord) {
         }
         let _ = write!(
             page,
-            "<dt>sha256</dt><dd><code>{}</code></dd><dt>path</dt><dd><code>{}</code></dd></dl></li>",
+            "<dt>BLAKE3</dt><dd><code>{}</code></dd><dt>path</dt><dd><code>{}</code></dd></dl></li>",
             Esc(&artifact.content_hash),
             Esc(&artifact.path)
         );
