@@ -240,7 +240,12 @@ impl Artifact {
             self.read_f32_into(name, at * info.shape[0] / count * columns, row)?;
         }
         let stored = matches!(info.dtype, DType::Ggml(_)).then(|| info.dtype.to_string());
-        Ok(detect(&rows, columns).map(|grid| Grid { stored, ..grid }))
+        let unit = match info.dtype {
+            DType::BF16 => 2f64.powi(-10),
+            DType::F16 => 2f64.powi(-13),
+            _ => f64::from(f32::EPSILON),
+        };
+        Ok(detect(&rows, columns, unit).map(|grid| Grid { stored, ..grid }))
     }
 }
 
@@ -278,8 +283,8 @@ impl ZeroRows {
 }
 
 /// The coarsest grouping of rows of `columns` values whose groups lie on a grid; failing that, the coarsest whose
-/// groups use few distinct values.
-fn detect(rows: &[f32], columns: usize) -> Option<Grid> {
+/// groups use few distinct values. `unit` is the rounding of the stored type, relative to a value.
+fn detect(rows: &[f32], columns: usize, unit: f64) -> Option<Grid> {
     let finer = [256, 128, 64, 32].map(Some);
     let groupings = std::iter::once(None).chain(finer.into_iter().filter(|group| {
         group.is_some_and(|group| group < columns && columns.is_multiple_of(group))
@@ -288,12 +293,9 @@ fn detect(rows: &[f32], columns: usize) -> Option<Grid> {
     let grid = |uniform: bool| {
         groupings.iter().find_map(|&group| {
             let width = group.unwrap_or(columns);
-            let count = if uniform {
-                levels
-            } else {
-                |sorted: &[f32], width: usize| {
-                    (sorted.len() <= MAX_LEVELS.min(width / 4)).then_some(sorted.len())
-                }
+            let count = |sorted: &[f32]| match uniform {
+                true => levels(sorted, unit),
+                false => (sorted.len() <= MAX_LEVELS.min(width / 4)).then_some(sorted.len()),
             };
             let levels = most_levels(rows, width, count)?.next_power_of_two();
             Some(Grid { levels, group, uniform, stored: None })
@@ -306,7 +308,7 @@ fn detect(rows: &[f32], columns: usize) -> Option<Grid> {
 fn most_levels(
     rows: &[f32],
     width: usize,
-    count: impl Fn(&[f32], usize) -> Option<usize>,
+    count: impl Fn(&[f32]) -> Option<usize>,
 ) -> Option<usize> {
     let mut most = None;
     for values in rows.chunks_exact(width) {
@@ -315,33 +317,39 @@ fn most_levels(
         sorted.dedup();
         // Groups of one or two values lie on any grid.
         if sorted.len() >= 3 {
-            most = most.max(Some(count(&sorted, width)?));
+            most = most.max(Some(count(&sorted)?));
         }
     }
     most
 }
 
 /// Number of equally spaced levels that hold these distinct, sorted values; `None` if there are none.
-fn levels(sorted: &[f32], _width: usize) -> Option<usize> {
+fn levels(sorted: &[f32], unit: f64) -> Option<usize> {
     let (low, high) = (f64::from(sorted[0]), f64::from(sorted[sorted.len() - 1]));
     if !low.is_finite() || !high.is_finite() {
         return None;
     }
     // Neighbours closer than rounding are one level.
-    let noise = low.abs().max(high.abs()) * 4.0 * f64::from(f32::EPSILON);
+    let noise = low.abs().max(high.abs()) * 4.0 * unit;
     let gaps = sorted.windows(2).map(|pair| f64::from(pair[1]) - f64::from(pair[0]));
     let step = gaps.filter(|&gap| gap > noise).fold(f64::INFINITY, f64::min);
-    // The shortest gap carries the rounding of two values; the longest distance tells it better.
-    let count = ((high - low) / step).round();
-    if count >= MAX_LEVELS as f64 || count < 1.0 {
+    let range = high - low;
+    // Steps as fine as the rounding would put anything on a grid.
+    if !step.is_finite() || step < 8.0 * noise {
         return None;
     }
-    let step = (high - low) / count;
-    let on_grid = sorted.iter().all(|&x| {
-        let level = (f64::from(x) - low) / step;
-        (level - level.round()).abs() < 0.02 + 2.0 * noise / step
-    });
-    on_grid.then_some(count as usize + 1)
+    // The shortest gap carries the rounding of two values, so the true step may be a little longer.
+    let most = (range / step).round() as usize;
+    let least = ((range / (step + noise)).floor() as usize).max(1);
+    let on_grid = |count: &usize| {
+        let step = range / *count as f64;
+        sorted.iter().all(|&x| {
+            let level = (f64::from(x) - low) / step;
+            (level - level.round()).abs() < 0.02 + 2.0 * noise / step
+        })
+    };
+    let counts = least..=most.min(MAX_LEVELS - 1);
+    counts.rev().find(on_grid).map(|count| count + 1)
 }
 
 #[cfg(test)]
@@ -372,10 +380,13 @@ mod tests {
             .collect()
     }
 
+    /// Rounding of f32.
+    const FINE: f64 = f32::EPSILON as f64;
+
     #[test]
     fn grids_are_found_at_their_own_grouping() {
         let plain = noise(16 * 512);
-        assert_eq!(detect(&plain, 512), None);
+        assert_eq!(detect(&plain, 512, FINE), None);
         for (group, levels, named) in [
             (32, 16, Some(32)),
             (64, 8, Some(64)),
@@ -383,7 +394,7 @@ mod tests {
             (256, 256, Some(256)),
             (128, 4, Some(128)),
         ] {
-            let grid = detect(&quantized(&plain, group, levels as f32), 512).unwrap();
+            let grid = detect(&quantized(&plain, group, levels as f32), 512, FINE).unwrap();
             assert_eq!((grid.levels, grid.group, grid.uniform), (levels, named, true));
         }
     }
@@ -396,7 +407,7 @@ mod tests {
         ];
         let values: Vec<f32> =
             noise(8 * 256).iter().map(|x| book[((x + 2.0) * 4.0) as usize % 16]).collect();
-        let grid = detect(&values, 256).unwrap();
+        let grid = detect(&values, 256, FINE).unwrap();
         assert_eq!((grid.levels, grid.group, grid.uniform), (16, None, false));
         assert_eq!(grid.to_string(), "weights lie on a 16-level codebook per row");
     }
@@ -405,7 +416,20 @@ mod tests {
     fn rounding_to_bfloat16_is_no_grid() {
         let values: Vec<f32> =
             noise(16 * 512).iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
-        assert_eq!(detect(&values, 512), None);
+        for unit in [FINE, 2f64.powi(-10)] {
+            assert_eq!(detect(&values, 512, unit), None);
+        }
+    }
+
+    #[test]
+    fn grids_survive_storage_in_bfloat16() {
+        for (group, levels) in [(32, 8), (32, 16), (64, 16), (128, 32)] {
+            let snapped = quantized(&noise(16 * 512), group, levels as f32);
+            let stored: Vec<f32> =
+                snapped.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+            let grid = detect(&stored, 512, 2f64.powi(-10)).unwrap();
+            assert_eq!((grid.levels, grid.group, grid.uniform), (levels, Some(group), true));
+        }
     }
 
     #[test]

@@ -97,11 +97,13 @@ fn anchors(page: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Targets of `[text](target)`.
+/// Targets of `[text](target)` and of `{{#include target}}`.
 fn links(page: &str) -> Vec<String> {
     let prose = prose(page);
     let mut rest = prose.as_str();
-    let mut found = Vec::new();
+    let included =
+        |line: &str| Some(line.trim().strip_prefix("{{#include ")?.strip_suffix("}}")?.to_owned());
+    let mut found: Vec<String> = prose.lines().filter_map(included).collect();
     while let Some(at) = rest.find("](") {
         rest = &rest[at + 2..];
         found.extend(rest.split_once(')').map(|(target, _)| target.to_owned()));

@@ -270,7 +270,7 @@ fn explain_answers_a_newcomers_questions() {
         .code(0);
     let made = words("out");
     for fact in
-        ["3-bit grids of 64", "quantized before", "refit made it with rtn from builtin:tiny"]
+        ["3-bit grids of 64 inputs", "quantized before", "refit made it with rtn from builtin:tiny"]
     {
         assert!(made.contains(fact), "`{fact}` is not in:\n{made}");
     }

@@ -71,7 +71,11 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
     let architecture = artifact.architecture();
     let dims = &architecture.dims;
     let config = artifact.config();
-    let config_file = if artifact.gguf().is_some() { "GGUF metadata" } else { "config.json" };
+    let config_file = match (artifact.gguf(), config.raw().is_empty()) {
+        (Some(_), _) => "GGUF metadata",
+        (None, true) => "tensor names and shapes",
+        (None, false) => "config.json",
+    };
     let mut lines = Vec::new();
     let mut say = |says: String, source: &str| lines.push(Line { says, source: source.to_owned() });
 
@@ -85,7 +89,7 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
         _ => "a model",
     };
     let family = match architecture.inferred {
-        true => "tensor names and shapes: the config names no family that refit describes",
+        true => "tensor names and shapes; no config names a family that refit describes",
         false => config_file,
     };
     say(format!("This is {kind}, of the {} family.", architecture.model_type), family);
@@ -93,11 +97,20 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
     if let Some(label) = output_meaning(artifact) {
         say(label, config_file);
     }
-    if let (Some(layers), Some(hidden)) = (dims.layers, dims.hidden) {
-        say(
-            format!("It has {layers} blocks around a stream of {hidden} numbers per token."),
-            config_file,
-        );
+    let vision = architecture.kind == Kind::Vision;
+    match (dims.layers, dims.hidden) {
+        // A convolutional network has no stream of one width.
+        (Some(layers), _) if vision && dims.heads.is_none() => {
+            say(format!("It has {layers} blocks."), config_file);
+        }
+        (Some(layers), Some(hidden)) => {
+            let token = if vision { "patch" } else { "token" };
+            say(
+                format!("It has {layers} blocks around a stream of {hidden} numbers per {token}."),
+                config_file,
+            );
+        }
+        _ => {}
     }
     if let (Some(heads), Some(kv)) = (dims.heads, dims.kv_heads) {
         let shared = match heads / kv.max(1) {
@@ -109,7 +122,7 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
         let width = dims.head_dim.map_or_else(String::new, |d| format!(" of {d} numbers"));
         say(format!("Attention has {heads} heads{width}; {shared}."), config_file);
     }
-    if let Some(context) = dims.context {
+    if let Some(context) = dims.context.filter(|_| !vision) {
         let window =
             dims.window.map_or_else(String::new, |w| format!(", and each token sees the last {w}"));
         say(format!("Its longest input is {context} tokens{window}."), config_file);
@@ -193,10 +206,11 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
     };
     say(fits, &format!("{config_file}, tensor headers"));
     let grid = crate::grid::detect(artifact)?;
-    if let (Some(bits), Some(group)) = (grid.bits, grid.group) {
+    if let Some(bits) = grid.bits {
         say(
             format!(
-                "Its weights lie on {bits}-bit grids of {group}: it was quantized before. Compare methods at fewer bits."
+                "Its weights lie on {bits}-bit grids of {}: it was quantized before. Compare methods at fewer bits.",
+                grid.span()
             ),
             &format!("values of {} matrices", grid.matrices),
         );
@@ -207,8 +221,8 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
     let memory = memory_plan(architecture, stored, &options);
     say(
         format!(
-            "To run it on {} tokens takes about {}, to tune it all {}, to tune LoRA factors of rank {} {} (f32).",
-            options.context,
+            "To run it on {} takes about {}, to tune it all {}, to tune LoRA factors of rank {} {} (f32).",
+            if vision { "an image".to_owned() } else { format!("{} tokens", options.context) },
             number::bytes(memory.run),
             number::bytes(memory.tune_adamw),
             options.lora_rank,
@@ -245,7 +259,15 @@ fn output_meaning(artifact: &Artifact) -> Option<String> {
             dims.hidden?
         )),
         Kind::Vision => {
-            let labels = artifact.config().raw().get("id2label")?.as_object()?;
+            let labels = artifact.config().raw().get("id2label").and_then(Value::as_object);
+            let Some(labels) = labels else {
+                let head = artifact.architecture().with_role(Role::Head).next()?;
+                let classes = head.shape.first()?;
+                return Some(format!(
+                    "What comes out: {} scores, one per class; nothing here names the classes.",
+                    number::count(*classes as u64)
+                ));
+            };
             let some: Vec<&str> = labels.values().take(3).filter_map(Value::as_str).collect();
             Some(format!(
                 "What comes out: {} scores, one per class ({}, ...).",

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use refit_store::Artifact;
-use refit_store::architecture::{MemoryOptions, memory_plan};
+use refit_store::architecture::{Kind, MemoryOptions, memory_plan};
 use serde_json::{Value, json};
 
 use crate::cli::App;
@@ -105,7 +105,11 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         ]);
     }
     text.push_str(&format!("{kinds}\n"));
-    text.push_str(&format!("memory, {context} tokens, batch 1, f32 (estimates)\n"));
+    let input = match architecture.kind {
+        Kind::Vision => "an image".to_owned(),
+        _ => format!("{context} tokens"),
+    };
+    text.push_str(&format!("memory, {input}, batch 1, f32 (estimates)\n"));
     text.push_str(&output::facts([
         ("  run", number::bytes(memory.run)),
         ("  tune all (AdamW)", number::bytes(memory.tune_adamw)),
