@@ -639,6 +639,15 @@ fn outputs_that_exist_or_cannot_be_written() {
     assert!(ran.err.contains("/proc/nowhere") || ran.err.contains("/proc:"), "{}", ran.err);
     place.refuses(&["apply", "rtn", "builtin:tiny"], 2, &["-o"]);
 
+    // A recipe does not mix its files with another one's.
+    let recipe = place.write("r.yaml", "name: x\nsteps:\n  - pull: builtin:tiny\n    as: m\n");
+    for out in ["taken", "file"] {
+        let parts = [out, "already exists", "-o DIR"];
+        place.refuses(&["run", &recipe, "-o", out], 2, &parts);
+    }
+    assert_eq!(std::fs::read_dir(place.path("taken")).unwrap().count(), 1);
+    place.refuses(&["run", &recipe, "-o", "file/run"], 3, &["file/run", "Not a directory"]);
+
     // Permissions do not bind the superuser, so there is nothing to see as one.
     let locked = place.path("locked");
     std::fs::create_dir(&locked).unwrap();

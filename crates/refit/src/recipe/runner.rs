@@ -83,6 +83,7 @@ impl<'a> Runner<'a> {
     /// Runs every step that is not done yet and returns the record.
     pub fn run(mut self) -> Result<RunRecord> {
         let steps = self.dir.join("steps");
+        check_run_dir(&self.dir)?;
         std::fs::create_dir_all(&steps).map_err(|e| Failure::io(&steps, "create", &e))?;
         let total = self.recipe.steps.len();
         for (index, step) in self.recipe.steps.iter().enumerate() {
@@ -454,6 +455,23 @@ fn headline(step: &Step) -> String {
         }
         Work::Eval { models, .. } => format!("eval {}", models.join(", ")),
         Work::Report { .. } => "report".to_owned(),
+    }
+}
+
+/// A run directory is new, empty, or one that an earlier run began: another one's files are not mixed with ours.
+fn check_run_dir(dir: &Path) -> Result {
+    let foreign = match std::fs::read_dir(dir) {
+        Ok(mut entries) => entries.next().is_some() && !dir.join("steps").is_dir(),
+        Err(error) => {
+            error.kind() != std::io::ErrorKind::NotFound && dir.symlink_metadata().is_ok()
+        }
+    };
+    match foreign {
+        true => Err(Failure::usage(format!(
+            "{}: already exists and is not the directory of a run; choose another one with -o DIR",
+            dir.display()
+        ))),
+        false => Ok(()),
     }
 }
 
