@@ -23,7 +23,8 @@ const SHARD: u64 = 5_000_000_000;
 /// An output under way.
 pub struct Emitter {
     writer: ArtifactWriter,
-    parents: Vec<Parent>,
+    /// What the models' weight files looked like when the work began.
+    fingerprints: Vec<String>,
 }
 
 impl Emitter {
@@ -33,32 +34,6 @@ impl Emitter {
     /// # Errors
     /// No output path, an output that exists, a directory that cannot be written.
     pub fn begin(inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Self> {
-        let parents = inputs
-            .models
-            .par_iter()
-            .map(|model| {
-                let manifest = Lineage::read(model.artifact.path())?;
-                Ok(Parent {
-                    source: model.source.clone(),
-                    name: name_of(&model.source),
-                    content: model.artifact.content_hash()?,
-                    manifest: manifest.map(|manifest| manifest.manifest_hash()),
-                    part: Some(if inputs.models.len() > 1 { "ingredient" } else { "base" }.into()),
-                })
-            })
-            .collect::<Result<Vec<Parent>>>()?;
-        Self::open(inputs, plan, cx, parents)
-    }
-
-    /// The same for an output that is thrown away: its parents are not hashed.
-    ///
-    /// # Errors
-    /// As [`begin`](Self::begin).
-    pub fn scratch(inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Self> {
-        Self::open(inputs, plan, cx, Vec::new())
-    }
-
-    fn open(inputs: &Inputs, plan: &Plan, cx: &Context, parents: Vec<Parent>) -> Result<Self> {
         let out = cx.out()?;
         if !cx.resume
             && let Some(name) = out.file_name()
@@ -84,12 +59,16 @@ impl Emitter {
             .collect();
         let texts: Vec<String> =
             inputs.text.iter().map(|text| refit_store::hash::hex(text.text.as_bytes())).collect();
-        let contents: Vec<&str> = parents.iter().map(|parent| parent.content.as_str()).collect();
+        let fingerprints = inputs
+            .models
+            .iter()
+            .map(|model| Ok(model.artifact.fingerprint()?))
+            .collect::<Result<Vec<String>>>()?;
         let identity = json!({
             "refit": env!("CARGO_PKG_VERSION"),
             "method": plan.method,
             "parameters": plan.parameters,
-            "parents": contents,
+            "parents": fingerprints,
             "texts": texts,
             "seed": cx.seed,
         });
@@ -100,7 +79,7 @@ impl Emitter {
             identity: refit_store::hash::hex(identity.to_string().as_bytes()),
             force: cx.force,
         };
-        Ok(Self { writer: ArtifactWriter::create(out, write)?, parents })
+        Ok(Self { writer: ArtifactWriter::create(out, write)?, fingerprints })
     }
 
     /// Whether an earlier, interrupted run finished this tensor.
@@ -148,49 +127,92 @@ impl Emitter {
     /// Adds side files, lineage and card, and gives the output its name.
     ///
     /// # Errors
-    /// Whatever the disk refuses.
+    /// Whatever the disk refuses; a model whose files changed while they were worked on.
     pub fn finish(
-        mut self,
+        self,
         inputs: &Inputs,
         plan: &Plan,
         cx: &Context,
         side_files: Vec<SideFile>,
         report: &Value,
     ) -> Result<PathBuf> {
+        let Self { mut writer, fingerprints } = self;
         for file in side_files {
-            self.writer.add_side_file(file);
+            writer.add_side_file(file);
         }
-        let mut lineage = Lineage::new(plan.method.clone(), plan.parameters.clone());
-        lineage.parents = self.parents;
-        lineage.seeds = vec![cx.seed];
-        lineage.data = inputs
-            .text
-            .iter()
-            .map(|text| DataUse {
-                name: name_of(&text.source),
-                sha256: refit_store::hash::hex(text.text.as_bytes()),
-                purpose: "calibration".into(),
-                size: Some(format!("{} bytes of text", text.text.len())),
-                license: None,
-            })
-            .collect();
-        lineage.command = Some(command(inputs, plan, cx));
-        let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
-        let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
-        card.relation = Some(match crate::registry::get(&plan.method)?.info.family {
-            crate::method::Family::Quantize => Relation::Quantized,
-            crate::method::Family::Prune => Relation::Pruned,
-            crate::method::Family::Merge => Relation::Merge,
-        });
-        let elements = |shape: &[usize]| shape.iter().map(|n| *n as u64).product();
-        let census = plan.tensors.iter().map(|t| (t.dtype.clone(), elements(&t.shape)));
-        let architecture = inputs.models[0].artifact.architecture();
-        card.take_weights(architecture, Format::Safetensors, census);
-        let licences: Vec<(String, Fact<String>)> = inputs.models.iter().map(licence).collect();
-        (card.license, card.license_conflicts) = licence_union(&licences);
-        card.checks.extend(checks(report));
-        Ok(self.writer.finish(lineage, card)?)
+        writer.finish_with(|| {
+            let parents = parents(&inputs.models, &fingerprints)?;
+            describe(parents, inputs, plan, cx, report)
+        })
     }
+
+    /// Finishes an output that is thrown away: its parents are not hashed.
+    ///
+    /// # Errors
+    /// Whatever the disk refuses.
+    pub fn finish_scratch(self, inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<PathBuf> {
+        self.writer.finish_with(|| describe(Vec::new(), inputs, plan, cx, &Value::Null))
+    }
+}
+
+/// The models as the manifest names them.
+fn parents(models: &[ModelInput], fingerprints: &[String]) -> Result<Vec<Parent>> {
+    let part = if models.len() > 1 { "ingredient" } else { "base" };
+    let parent = |(model, fingerprint): (&ModelInput, &String)| {
+        let manifest = Lineage::read(model.artifact.path())?;
+        let content = model.artifact.content_hash()?;
+        if model.artifact.fingerprint()? != *fingerprint {
+            return Err(Error::Changed { model: model.source.clone() });
+        }
+        Ok(Parent {
+            source: model.source.clone(),
+            name: name_of(&model.source),
+            content,
+            manifest: manifest.map(|manifest| manifest.manifest_hash()),
+            part: Some(part.into()),
+        })
+    };
+    models.par_iter().zip(fingerprints).map(parent).collect()
+}
+
+/// Manifest and card of an output.
+fn describe(
+    parents: Vec<Parent>,
+    inputs: &Inputs,
+    plan: &Plan,
+    cx: &Context,
+    report: &Value,
+) -> Result<(Lineage, Card)> {
+    let mut lineage = Lineage::new(plan.method.clone(), plan.parameters.clone());
+    lineage.parents = parents;
+    lineage.seeds = vec![cx.seed];
+    lineage.data = inputs
+        .text
+        .iter()
+        .map(|text| DataUse {
+            name: name_of(&text.source),
+            sha256: refit_store::hash::hex(text.text.as_bytes()),
+            purpose: "calibration".into(),
+            size: Some(format!("{} bytes of text", text.text.len())),
+            license: None,
+        })
+        .collect();
+    lineage.command = Some(command(inputs, plan, cx));
+    let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
+    let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
+    card.relation = Some(match crate::registry::get(&plan.method)?.info.family {
+        crate::method::Family::Quantize => Relation::Quantized,
+        crate::method::Family::Prune => Relation::Pruned,
+        crate::method::Family::Merge => Relation::Merge,
+    });
+    let elements = |shape: &[usize]| shape.iter().map(|n| *n as u64).product();
+    let census = plan.tensors.iter().map(|t| (t.dtype.clone(), elements(&t.shape)));
+    let architecture = inputs.models[0].artifact.architecture();
+    card.take_weights(architecture, Format::Safetensors, census);
+    let licences: Vec<(String, Fact<String>)> = inputs.models.iter().map(licence).collect();
+    (card.license, card.license_conflicts) = licence_union(&licences);
+    card.checks.extend(checks(report));
+    Ok((lineage, card))
 }
 
 /// The licence that a model's own card states.

@@ -40,6 +40,15 @@ pub enum Error {
         /// The parameter.
         key: String,
     },
+    /// A model that another process wrote to while it was read.
+    #[error(
+        "{model}: its weight files changed while they were read, so the output is of no use; run again when nothing \
+         writes to them"
+    )]
+    Changed {
+        /// The model's source.
+        model: String,
+    },
     /// A recipe gives something else than `key: value` pairs.
     #[error("{method}: expected parameters as `name: value` pairs, found `{found}`")]
     NotAMapping {

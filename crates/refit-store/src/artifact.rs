@@ -305,6 +305,30 @@ impl Artifact {
             .map_err(|reason| Error::Tokenizer { path: self.path.clone(), reason })
     }
 
+    /// A digest that changes when a weight file is replaced or written to: its size and time of change, and the place
+    /// and type of every tensor. Costs no reading; two copies of the same weights have different ones.
+    ///
+    /// # Errors
+    /// A file that is gone.
+    pub fn fingerprint(&self) -> Result<String> {
+        let mut digest = blake3::Hasher::new();
+        let mut last = None;
+        for entry in &self.entries {
+            let source = &*entry.source;
+            if last != Some(&source.path) {
+                let meta = std::fs::metadata(&source.path)
+                    .map_err(|error| Error::io(&source.path, "read", error))?;
+                let changed = meta.modified().ok();
+                // Not its directory: a run may be resumed from another one.
+                let name = source.path.file_name();
+                digest.update(format!("{name:?} {} {changed:?}\n", meta.len()).as_bytes());
+                last = Some(&source.path);
+            }
+            digest.update(format!("{:?} {}\n", entry.info, entry.offset).as_bytes());
+        }
+        Ok(digest.finalize().to_string())
+    }
+
     /// BLAKE3 over (name, element type, shape, BLAKE3 of the stored bytes) of every tensor in name order: the same for
     /// the same weights, however they are sharded.
     pub fn content_hash(&self) -> Result<String> {

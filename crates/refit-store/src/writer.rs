@@ -162,7 +162,19 @@ impl ArtifactWriter {
 
     /// Writes side files, lineage (with the hash of every file and tensor) and card, makes all of it durable, and
     /// renames the staging directory to the output. Returns the output's path.
-    pub fn finish(self, mut lineage: Lineage, mut card: Card) -> Result<PathBuf> {
+    pub fn finish(self, lineage: Lineage, card: Card) -> Result<PathBuf> {
+        self.finish_with(|| Ok((lineage, card)))
+    }
+
+    /// As [`finish`](Self::finish), with a manifest and a card that are made while the weights are hashed and go to
+    /// the disk: hashing the parents costs no time of its own then.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish), and whatever `describe` fails with.
+    pub fn finish_with<E: From<Error> + Send>(
+        self,
+        describe: impl FnOnce() -> Result<(Lineage, Card), E> + Send,
+    ) -> Result<PathBuf, E> {
         self.check_complete()?;
         let mut names: Vec<String> =
             self.layout.shards.iter().map(|shard| shard.name.clone()).collect();
@@ -179,13 +191,23 @@ impl ArtifactWriter {
             names.push(file.name.clone());
         }
         names.sort();
-        let (files, tensors) = rayon::join(|| self.file_records(&names), || self.tensor_hashes());
+        let (synced, (files, (described, tensors))) = std::thread::scope(|scope| {
+            // The disk works while the processor hashes.
+            let sync = scope.spawn(|| self.sync());
+            let hashes = rayon::join(
+                || self.file_records(&names),
+                || rayon::join(describe, || self.tensor_hashes()),
+            );
+            (sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), hashes)
+        });
+        synced?;
+        let (mut lineage, mut card) = described?;
         lineage.outputs = files?;
         lineage.tensors = tensors?.into_iter().collect();
         card.take_lineage(&lineage);
         self.write_file(lineage::FILE_NAME, &lineage.to_json())?;
         self.write_file(CARD_NAME, card.render().as_bytes())?;
-        self.publish()
+        Ok(self.publish()?)
     }
 
     fn slot(&self, name: &str) -> Result<(usize, &Slot)> {
@@ -250,12 +272,17 @@ impl ArtifactWriter {
         self.layout.slots.par_iter().map(digest).collect()
     }
 
-    /// Syncs and renames. An output that `force` replaces stays intact until the new one is complete.
-    fn publish(self) -> Result<PathBuf> {
+    /// Makes the weights durable.
+    fn sync(&self) -> Result<()> {
         for (file, shard) in self.files.iter().zip(&self.layout.shards) {
             let path = self.dir.join(&shard.name);
             file.sync_all().map_err(|error| write_error(&self.out, &path, shard.len, error))?;
         }
+        Ok(())
+    }
+
+    /// Renames. An output that `force` replaces stays intact until the new one is complete.
+    fn publish(self) -> Result<PathBuf> {
         // Again, since the output may have appeared while this run worked.
         check_output(&self.out, self.force)?;
         let journal = self.dir.join(JOURNAL);

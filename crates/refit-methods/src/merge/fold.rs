@@ -195,9 +195,7 @@ pub fn compare(models: &[ModelInput], out: OutputType, plan: &mut Plan) -> Resul
                 )));
             }
         }
-        if let (Some(a), Some(b)) = (vocabulary(first)?, vocabulary(model)?)
-            && a != b
-        {
+        if !same_vocabulary(first, model)? {
             return Err(mismatch(
                 "their tokenizers differ, so the same token id means different words".into(),
             ));
@@ -220,11 +218,23 @@ pub fn compare(models: &[ModelInput], out: OutputType, plan: &mut Plan) -> Resul
     Ok(())
 }
 
-/// The vocabulary part of the tokenizer: other fields, such as padding, do not change what ids mean.
-fn vocabulary(model: &ModelInput) -> Result<Option<serde_json::Value>> {
-    let Some(bytes) = model.artifact.tokenizer_json()? else { return Ok(None) };
-    let parsed = serde_json::from_slice::<serde_json::Value>(&bytes).ok();
-    Ok(parsed.map(|json| json["model"]["vocab"].clone()))
+/// Whether token ids mean the same in both, or one of them has no tokenizer to tell. Only the vocabulary counts: other
+/// fields, such as padding, do not change what ids mean. Fine-tuned siblings mostly share the file byte for byte, and then
+/// nothing is parsed (0.1 s a tokenizer of 50 000 tokens).
+fn same_vocabulary(first: &ModelInput, second: &ModelInput) -> Result<bool> {
+    let read = |model: &ModelInput| model.artifact.tokenizer_json();
+    let (Some(first), Some(second)) = (read(first)?, read(second)?) else { return Ok(true) };
+    if first == second {
+        return Ok(true);
+    }
+    let vocabulary = |bytes: &[u8]| {
+        let parsed = serde_json::from_slice::<serde_json::Value>(bytes).ok();
+        parsed.map(|mut json| json["model"]["vocab"].take())
+    };
+    Ok(match (vocabulary(&first), vocabulary(&second)) {
+        (Some(first), Some(second)) => first == second,
+        _ => true,
+    })
 }
 
 fn short(value: &serde_json::Value) -> String {

@@ -414,10 +414,10 @@ impl<M: Trainable> Trainer<M> {
         objective: &impl Objective<M>,
         mut options: RunOptions,
     ) -> Result<Option<StepReport>> {
-        if let (Some(dir), true) = (&options.dir, options.resume) {
-            if let Some(newest) = checkpoint::list(dir)?.pop() {
-                self.restore(&newest, &options.identity)?;
-            }
+        if let Some(dir) = options.dir.as_ref().filter(|_| options.resume)
+            && let Some(newest) = checkpoint::list(dir)?.pop()
+        {
+            self.restore(&newest, &options.identity)?;
         }
         let metrics = options.dir.as_ref().map(|dir| Metrics::open(dir, self.step)).transpose()?;
         let mut last = None;

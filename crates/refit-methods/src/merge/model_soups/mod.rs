@@ -284,9 +284,9 @@ impl<'a> Kitchen<'a> {
     }
 
     fn taste(&self, weights: &Weights, held_out: &HeldOut) -> Result<f64> {
-        let emitter = Emitter::scratch(self.inputs, self.plan, &self.cx)?;
+        let emitter = Emitter::begin(self.inputs, self.plan, &self.cx)?;
         fold(&self.inputs.models, weights, &emitter, self.plan, &self.cx)?;
-        let path = emitter.finish(self.inputs, self.plan, &self.cx, Vec::new(), &json!({}))?;
+        let path = emitter.finish_scratch(self.inputs, self.plan, &self.cx)?;
         debug_assert!(Path::new(&path).starts_with(self.scratch.path()));
         held_out.score(&refit_store::Artifact::open(&path)?)
     }
