@@ -128,6 +128,10 @@ impl Entry {
             }
             _ => {}
         }
+        if self.info.dtype == DType::F32 && cfg!(target_endian = "little") {
+            // Stored as wanted: no buffer between.
+            return self.read_raw(4 * start as u64, bytemuck::cast_slice_mut(out));
+        }
         let (len, bytes) = (self.info.dtype.block_len(), self.info.dtype.block_bytes());
         let per_chunk = (CHUNK / bytes).max(1) * len;
         let mut buffer = Vec::new();

@@ -12,7 +12,7 @@ use crate::method::{Action, Context, Plan, PlannedTensor, Unit};
 use crate::rewrite::{OutputType, check_finite, copy};
 
 /// Elements per piece: small enough that a thread's two buffers stay in its cache.
-const PIECE: usize = 1 << 17;
+const PIECE: usize = 1 << 15;
 
 /// How much of every model goes into a tensor.
 #[derive(Clone, Debug, PartialEq)]
