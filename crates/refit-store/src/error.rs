@@ -83,12 +83,22 @@ pub enum Error {
         /// Which opcode or global was refused, or which rule is broken.
         reason: String,
     },
-    /// A source that cannot be parsed, found, reached or verified.
+    /// A source that cannot be parsed, found or verified.
     #[error("{spec}: {reason}; {help}")]
     Source {
         /// The source as the user gave it.
         spec: String,
         /// What went wrong.
+        reason: String,
+        /// What would work.
+        help: String,
+    },
+    /// A source that is not in the cache, while what holds it does not answer: nothing is known to be wrong with it.
+    #[error("{spec}: {reason}; {help}")]
+    Unreachable {
+        /// The source as the user gave it.
+        spec: String,
+        /// What was tried.
         reason: String,
         /// What would work.
         help: String,
@@ -220,6 +230,64 @@ pub enum Error {
         /// The declared element type.
         dtype: String,
     },
+    /// A key of an adapter's configuration that cannot be followed.
+    #[error("{path}: `{key}`: {reason}", path = path.display())]
+    AdapterConfig {
+        /// `adapter_config.json`.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What was found, what was expected.
+        reason: String,
+    },
+    /// An adapter of a kind that refit does not read.
+    #[error(
+        "{path}: `{kind}` adapters are not supported; refit reads {}",
+        supported.join(", "),
+        path = path.display()
+    )]
+    UnsupportedAdapter {
+        /// `adapter_config.json`.
+        path: PathBuf,
+        /// As the configuration spells it.
+        kind: String,
+        /// The kinds that are read.
+        supported: &'static [&'static str],
+    },
+    /// Another tool's adapter that does not fit any form that refit has.
+    #[error("{path}: an adapter of {tool} that holds {holds}: {reason}", path = path.display())]
+    ForeignAdapter {
+        /// The adapter.
+        path: PathBuf,
+        /// The tool that wrote it.
+        tool: &'static str,
+        /// What is in it.
+        holds: String,
+        /// Why refit cannot use it, and what would help.
+        reason: String,
+    },
+    /// An adapter that was made for another model.
+    #[error(
+        "{adapter} does not fit {base}: {problems}; use the base model that the adapter was trained on",
+        adapter = adapter.display(),
+        base = base.display()
+    )]
+    AdapterMisfit {
+        /// The adapter.
+        adapter: PathBuf,
+        /// The model.
+        base: PathBuf,
+        /// How many sites do not fit, and the first few with both shapes.
+        problems: String,
+    },
+    /// A form of adaptation that contradicts itself or the weight that it is applied to.
+    #[error("{form}: {reason}")]
+    AdapterForm {
+        /// Which form.
+        form: &'static str,
+        /// What does not go together.
+        reason: String,
+    },
     /// `finish` was called before every tensor was written.
     #[error("{out}: {missing} of {total} tensors were not written, first `{first}`", out = out.display())]
     Incomplete {
@@ -325,6 +393,38 @@ pub enum TensorFault {
         dtype: String,
         /// Elements per block.
         block: usize,
+    },
+    /// One half of a pair of factors is missing.
+    #[error(
+        "its other half `{missing}` is missing; the adapter is incomplete: save or download it again"
+    )]
+    Half {
+        /// The tensor that should be there.
+        missing: String,
+    },
+    /// A name that the adapter's kind does not have.
+    #[error("{kind} has no such tensor (known: {}); is adapter_config.json of another adapter?", known.join(", "))]
+    UnknownSuffix {
+        /// The kind of the adapter.
+        kind: String,
+        /// What names of this kind may hold.
+        known: &'static [&'static str],
+    },
+    /// A shape that contradicts the configuration or the tensor's other half.
+    #[error("its shape is {found:?}, expected {expected}")]
+    Shape {
+        /// As stored.
+        found: Vec<usize>,
+        /// What it should be, and why.
+        expected: String,
+    },
+    /// A value that no trained adapter has.
+    #[error("element {index} is {value}; the training diverged or the file is damaged")]
+    NotFinite {
+        /// Flat index.
+        index: usize,
+        /// NaN or an infinity.
+        value: String,
     },
     /// Anything else, in words.
     #[error("{0}")]

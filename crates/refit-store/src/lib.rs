@@ -3,6 +3,7 @@
 //! [`Artifact::open`] reads headers only; tensors are read when asked for, by position, so that no
 //! page of a large file stays in memory. [`writer`] is the one way to write a model.
 
+pub mod adapter;
 pub mod architecture;
 pub mod artifact;
 pub mod card;
@@ -21,6 +22,7 @@ mod storage;
 pub mod writer;
 pub mod yaml;
 
+pub use adapter::Adapter;
 pub use architecture::Architecture;
 pub use artifact::{Artifact, FileHash, Format, SideContent, SideFile, TensorInfo};
 pub use card::Card;
@@ -30,3 +32,13 @@ pub use dtype::{DType, GgmlType};
 pub use error::{Error, Result, ShardFault, TensorFault};
 pub use lineage::Lineage;
 pub use writer::{ArtifactWriter, TensorSpec, WritePlan};
+
+#[cfg(test)]
+mod testing {
+    /// So many cases of a property, or as many as `PROPTEST_CASES` asks for.
+    pub fn cases(usual: u32) -> proptest::test_runner::Config {
+        let asked = std::env::var_os("PROPTEST_CASES").is_some();
+        let usual = proptest::test_runner::Config::with_cases(usual);
+        if asked { proptest::test_runner::Config::default() } else { usual }
+    }
+}

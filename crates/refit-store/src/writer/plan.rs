@@ -29,6 +29,8 @@ pub struct WritePlan {
     pub tensors: Vec<TensorSpec>,
     /// Largest size of one file in bytes; more than that becomes shards with an index. `None`: one file.
     pub max_shard_bytes: Option<u64>,
+    /// Name of the weight file where it is not `model.safetensors`; only for outputs of one file.
+    pub weights_name: Option<&'static str>,
     /// Files that go beside the weights untouched.
     pub side_files: Vec<SideFile>,
     /// Hash over inputs and parameters: only a run with the same identity resumes another's work.
@@ -133,8 +135,14 @@ impl FileLayout {
         slots.sort_by(|a, b| a.name.cmp(&b.name));
         let count = assign_shards(&mut slots, plan.max_shard_bytes)
             .ok_or_else(|| bad("the total size overflows".to_owned()))?;
-        let shards: Vec<Shard> =
+        if let Some(name) = plan.weights_name.filter(|_| count > 1) {
+            return Err(bad(format!("{name} cannot be cut into shards; raise the shard size")));
+        }
+        let mut shards: Vec<Shard> =
             (0..count).map(|at| place(&mut slots, &shapes, at, count)).collect();
+        if let Some(name) = plan.weights_name {
+            name.clone_into(&mut shards[0].name);
+        }
         check_side_files(&plan.side_files, &shards).map_err(bad)?;
         let shard_index = (count > 1).then(|| shard_index(&slots, &shards));
         let index = slots.iter().enumerate().map(|(at, slot)| (slot.name.clone(), at)).collect();
