@@ -27,6 +27,7 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         DType::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
         DType::F8E4M3 => each(bytes, out, |[b]| E4M3_VALUES[usize::from(b)]),
         DType::F8E5M2 => each(bytes, out, |[b]| f16_to_f32(u16::from(b) << 8)),
+        DType::F8E8M0 => each(bytes, out, |[b]| e8m0_to_f32(b)),
         DType::I64 => each(bytes, out, |b| i64::from_le_bytes(b) as f32),
         DType::I32 => each(bytes, out, |b| i32::from_le_bytes(b) as f32),
         DType::I16 => each(bytes, out, |b| f32::from(i16::from_le_bytes(b))),
@@ -79,6 +80,11 @@ pub fn encode(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<(), usize>
         DType::F8E5M2 => {
             each(values, out, |x| [f32_to_e5m2(x)]);
             &|x| !x.is_finite() || x.abs() < 61440.0
+        }
+        DType::F8E8M0 => {
+            each(values, out, |x| [f32_to_e8m0(x)]);
+            // A scale is a power of two or nothing: rounding one would scale a whole block.
+            &|x| x.is_nan() || e8m0_to_f32(f32_to_e8m0(x)) == x
         }
         DType::I64 => {
             each(values, out, |x| (x as i64).to_le_bytes());
@@ -164,6 +170,20 @@ pub fn f32_to_bf16(x: f32) -> u16 {
 }
 
 /// Single precision to `E5M2`: half precision's layout with eight mantissa bits fewer.
+fn e8m0_to_f32(code: u8) -> f32 {
+    match code {
+        // 2^-127 is subnormal in single precision.
+        0 => f32::from_bits(0x0040_0000),
+        255 => f32::NAN,
+        code => f32::from_bits(u32::from(code) << 23),
+    }
+}
+
+/// The exponent of a power of two; NaN for NaN. Of other values the result means nothing.
+fn f32_to_e8m0(x: f32) -> u8 {
+    if x.is_nan() { 255 } else { (x.to_bits() >> 23) as u8 }
+}
+
 fn f32_to_e5m2(x: f32) -> u8 {
     round_to_f8(x, 2, -16, 0x7c, 0x7e)
 }
@@ -275,6 +295,22 @@ mod tests {
             }
         }
         assert_eq!(E4M3_VALUES[0x7e], 448.0);
+    }
+
+    #[test]
+    fn scales_are_powers_of_two() {
+        let codes: Vec<u8> = (0..=255).collect();
+        let mut values = vec![0.0; 256];
+        decode(DType::F8E8M0, &codes, &mut values);
+        assert_eq!((values[127], values[128], values[0]), (1.0, 2.0, 2.0f32.powi(-127)));
+        assert_eq!(values[254], 2.0f32.powi(127));
+        assert!(values[255].is_nan());
+        let mut out = vec![1; 256];
+        encode(DType::F8E8M0, &values, &mut out).unwrap();
+        assert_eq!(out, codes);
+        for refused in [0.0, -1.0, 3.0, f32::INFINITY, 2.0f32.powi(-128)] {
+            assert_eq!(encode(DType::F8E8M0, &[1.0, refused], &mut out[..2]), Err(1), "{refused}");
+        }
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub enum DType {
     F8E4M3,
     /// 8-bit float, 5 exponent bits, with infinities (OCP `E5M2`): largest value 57344.
     F8E5M2,
+    /// 8-bit power of two without a sign (OCP `E8M0`, the scale of microscaling formats): 2^(byte - 127), 255 is NaN.
+    F8E8M0,
     /// Signed 64-bit integer.
     I64,
     /// Signed 32-bit integer.
@@ -56,7 +58,7 @@ impl DType {
             Self::F64 | Self::I64 | Self::U64 => 8,
             Self::F32 | Self::I32 | Self::U32 => 4,
             Self::F16 | Self::BF16 | Self::I16 | Self::U16 => 2,
-            Self::F8E4M3 | Self::F8E5M2 | Self::I8 | Self::U8 | Self::Bool => 1,
+            Self::F8E4M3 | Self::F8E5M2 | Self::F8E8M0 | Self::I8 | Self::U8 | Self::Bool => 1,
             Self::Ggml(ggml) => ggml.block_bytes(),
         }
     }
@@ -85,7 +87,8 @@ impl DType {
         (numel / block).checked_mul(self.block_bytes() as u64)
     }
 
-    /// True for the floating-point types (block-quantized ones included).
+    /// True for the floating-point types (block-quantized ones included). `F8_E8M0` holds scales, not weights: it is
+    /// kept as it is, like the integers.
     pub const fn is_float(self) -> bool {
         matches!(
             self,
@@ -108,6 +111,7 @@ impl DType {
             Self::BF16 => "BF16",
             Self::F8E4M3 => "F8_E4M3",
             Self::F8E5M2 => "F8_E5M2",
+            Self::F8E8M0 => "F8_E8M0",
             Self::I64 => "I64",
             Self::I32 => "I32",
             Self::I16 => "I16",
@@ -127,13 +131,14 @@ impl DType {
     }
 
     /// Every type that is not a GGUF block type.
-    pub const PLAIN: [Self; 15] = [
+    pub const PLAIN: [Self; 16] = [
         Self::F64,
         Self::F32,
         Self::F16,
         Self::BF16,
         Self::F8E4M3,
         Self::F8E5M2,
+        Self::F8E8M0,
         Self::I64,
         Self::I32,
         Self::I16,

@@ -159,6 +159,8 @@ fn sniff(path: &Path) -> Result<Format> {
     let extension = path.extension().and_then(OsStr::to_str).unwrap_or("").to_ascii_lowercase();
     Ok(match (first, &*extension) {
         ([b'G', b'G', b'U', b'F', ..], _) => Format::Gguf,
+        // Before pickles: a header of 640 bytes begins as a pickle of protocol 2 does. None is longer than 100 MB.
+        ([_, _, _, _, 0, 0, 0, 0, b'{', ..], _) => Format::Safetensors,
         ([b'P', b'K', 3 | 5, 4 | 6, ..] | [0x80, 2..=5, ..], _) => Format::Torch,
         ([_, _, _, _, _, _, _, _, b'{', ..], _) | (_, "safetensors") => Format::Safetensors,
         (_, "gguf") => Format::Gguf,

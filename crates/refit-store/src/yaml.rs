@@ -26,6 +26,7 @@ pub(crate) fn strict_options() -> serde_saphyr::Options {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use serde_json::Value;
 
     fn parse_text(text: &str) -> Result<Value> {
@@ -45,6 +46,50 @@ mod tests {
         for text in [bomb, "a: &x 1\nb: 2\n", "a: 1\na: 2\n", &deep, "a: [1\n", "a: b: c\n"] {
             let error = parse_text(text).unwrap_err().to_string();
             assert!(error.starts_with("recipe.yaml: malformed YAML"), "{error}");
+        }
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            "[ -~]{0,12}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 24, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                proptest::collection::btree_map("[a-z]{1,6}", inner, 0..4)
+                    .prop_map(|map| map.into_iter().collect()),
+            ]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(256))]
+
+        /// JSON is YAML.
+        #[test]
+        fn json_reads_as_itself(value in any_json()) {
+            for text in [value.to_string(), serde_json::to_string_pretty(&value).unwrap()] {
+                prop_assert_eq!(parse_text(&text).unwrap(), value.clone(), "{}", text);
+            }
+        }
+
+        #[test]
+        fn any_text_is_a_value_or_an_error(
+            text in "(a|b|1|-|- |: |\\?|\\[|\\]|\\{|\\}|,|&x|\\*x|!!int|\\||>|'|\"|#|%|\n|\n  |\t|é|\u{0}){0,40}",
+        ) {
+            let _ = parse_text(&text);
+        }
+
+        #[test]
+        fn a_changed_recipe_is_a_value_or_an_error(at in any::<prop::sample::Index>(), with in "[&*!|>%@`\\[{:\"'\n -]{0,3}") {
+            let recipe = "seed: 7\nsteps:\n  - method: rtn\n    bits: 3\n    group: [64, 32]\n    note: |\n      two\n      lines\n";
+            let mut text = recipe.to_owned();
+            let at = at.index(text.len());
+            text.replace_range(at..at + 1, &with);
+            let _ = parse_text(&text);
         }
     }
 }

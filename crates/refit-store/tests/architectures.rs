@@ -1,5 +1,6 @@
 //! Descriptions of model families against tensor lists as published checkpoints have them.
 
+use proptest::prelude::*;
 use refit_store::architecture::{
     Kind, Layout, MemoryOptions, Resolved, Role, document_key, known_model_types, memory_plan,
     resolve,
@@ -388,52 +389,166 @@ fn what_transformers_saves_fits() {
     assert!(seen.len() >= 20, "{seen:?}");
 }
 
-/// The checkpoint that `lukemelas/EfficientNet-PyTorch` users train, without a config.
+/// The width and the repeats of each stage of EfficientNet-Lite, from the coefficients of its authors: channels are
+/// rounded to a multiple of eight and lose at most a tenth; the first and the last stage keep their depth.
+fn lite_blocks(width: f64, depth: f64) -> Vec<(usize, usize, usize)> {
+    let stages =
+        [(1, 3, 16), (2, 3, 24), (2, 5, 40), (3, 3, 80), (3, 5, 112), (4, 5, 192), (1, 3, 320)];
+    let round = |channels: usize| {
+        let scaled = channels as f64 * width;
+        let rounded = ((scaled + 4.0) as usize / 8 * 8).max(8);
+        if (rounded as f64) < 0.9 * scaled { rounded + 8 } else { rounded }
+    };
+    let mut blocks = Vec::new();
+    let mut input = 32;
+    for (stage, (repeats, kernel, output)) in stages.into_iter().enumerate() {
+        let repeats = match stage {
+            0 | 6 => repeats,
+            _ => (repeats as f64 * depth).ceil() as usize,
+        };
+        for _ in 0..repeats {
+            blocks.push((input, round(output), kernel));
+            input = round(output);
+        }
+    }
+    blocks
+}
+
+/// The checkpoints that users of `lukemelas/EfficientNet-PyTorch` and its ports train, without a config.
 #[test]
-fn efficientnet_lite0_is_recognised_by_its_names() {
-    let inputs = [32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192];
-    let outputs = [16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192, 320];
-    let kernels = [3, 3, 3, 5, 5, 3, 3, 3, 5, 5, 5, 5, 5, 5, 5, 3];
-    let mut tensors = vec![
-        tensor("_conv_stem.weight", &[32, 3, 3, 3]),
-        tensor("_conv_head.weight", &[1280, 320, 1, 1]),
-        tensor("_fc.weight", &[1000, 1280]),
-        tensor("_fc.bias", &[1000]),
-    ];
-    let mut norm = vec![("_bn0".to_owned(), 32), ("_bn1".to_owned(), 1280)];
-    for i in 0..16 {
-        let inner = if i == 0 { inputs[i] } else { 6 * inputs[i] };
-        let at = format!("_blocks.{i}");
-        if i > 0 {
-            tensors.push(tensor(format!("{at}._expand_conv.weight"), &[inner, inputs[i], 1, 1]));
-            norm.push((format!("{at}._bn0"), inner));
+fn efficientnet_lites_are_recognised_by_their_names_and_shapes() {
+    // Parameters as timm counts those of `tf_efficientnet_lite0` to `4`.
+    for (version, width, depth, parameters) in [
+        (0, 1.0, 1.0, 4_652_008),
+        (1, 1.0, 1.1, 5_416_680),
+        (2, 1.1, 1.2, 6_092_072),
+        (3, 1.2, 1.4, 8_197_096),
+        (4, 1.4, 1.8, 13_006_568),
+    ] {
+        let blocks = lite_blocks(width, depth);
+        let last = blocks.last().unwrap().1;
+        let mut tensors = vec![
+            tensor("_conv_stem.weight", &[32, 3, 3, 3]),
+            tensor("_conv_head.weight", &[1280, last, 1, 1]),
+            tensor("_fc.weight", &[1000, 1280]),
+            tensor("_fc.bias", &[1000]),
+        ];
+        let mut norm = vec![("_bn0".to_owned(), 32), ("_bn1".to_owned(), 1280)];
+        for (i, &(input, output, kernel)) in blocks.iter().enumerate() {
+            let inner = if i == 0 { input } else { 6 * input };
+            let at = format!("_blocks.{i}");
+            if i > 0 {
+                tensors.push(tensor(format!("{at}._expand_conv.weight"), &[inner, input, 1, 1]));
+                norm.push((format!("{at}._bn0"), inner));
+            }
+            let depthwise = format!("{at}._depthwise_conv.weight");
+            tensors.push(tensor(depthwise, &[inner, 1, kernel, kernel]));
+            tensors.push(tensor(format!("{at}._project_conv.weight"), &[output, inner, 1, 1]));
+            norm.extend([(format!("{at}._bn1"), inner), (format!("{at}._bn2"), output)]);
         }
-        tensors.push(tensor(
-            format!("{at}._depthwise_conv.weight"),
-            &[inner, 1, kernels[i], kernels[i]],
-        ));
-        tensors.push(tensor(format!("{at}._project_conv.weight"), &[outputs[i], inner, 1, 1]));
-        norm.extend([(format!("{at}._bn1"), inner), (format!("{at}._bn2"), outputs[i])]);
-    }
-    for (name, channels) in norm {
-        for part in ["weight", "bias", "running_mean", "running_var"] {
-            tensors.push(tensor(format!("{name}.{part}"), &[channels]));
+        for (name, channels) in norm {
+            for part in ["weight", "bias", "running_mean", "running_var"] {
+                tensors.push(tensor(format!("{name}.{part}"), &[channels]));
+            }
+            tensors.push(tensor(format!("{name}.num_batches_tracked"), &[]));
         }
-        tensors.push(tensor(format!("{name}.num_batches_tracked"), &[]));
+        let name = format!("efficientnet-lite{version}");
+        for config in [json!({}), json!({ "model_type": name })] {
+            let Resolved { architecture, report } = fit(config, &tensors);
+            assert!(report.is_clean(), "{name}: {report}");
+            assert_eq!((&architecture.model_type, architecture.kind), (&name, Kind::Vision));
+            assert_eq!(architecture.layers(), blocks.len());
+            // Elements of weights and biases.
+            let trained: u64 = architecture
+                .parameters_by_role()
+                .iter()
+                .filter(|(role, ..)| *role != Role::Stat)
+                .map(|(.., elements)| elements)
+                .sum();
+            assert_eq!(trained, parameters, "{name}");
+        }
     }
-    let Resolved { architecture, report } = fit(json!({}), &tensors);
-    assert!(report.is_clean(), "{report}");
-    assert_eq!(
-        (architecture.model_type.as_str(), architecture.kind),
-        ("efficientnet-lite0", Kind::Vision)
-    );
-    assert_eq!(architecture.layers(), 16);
-    // Elements of weights and biases; Lite0 is published with 4.65 million.
-    let trained: u64 = architecture
-        .parameters_by_role()
-        .iter()
-        .filter(|(r, ..)| *r != Role::Stat)
-        .map(|(.., n)| n)
-        .sum();
-    assert_eq!(trained, 4_652_008);
+}
+
+/// The fixture's models: config and tensors of each.
+fn published() -> &'static [(Value, Tensors)] {
+    static MODELS: std::sync::LazyLock<Vec<(Value, Tensors)>> = std::sync::LazyLock::new(|| {
+        let fixture: Value =
+            serde_json::from_str(include_str!("fixtures/transformers.json")).unwrap();
+        let models = fixture["models"].as_object().unwrap().values();
+        models
+            .map(|model| {
+                let tensors = model["tensors"].as_object().unwrap().iter();
+                let shape = |dims: &Value| serde_json::from_value(dims.clone()).unwrap();
+                let tensors = tensors.map(|(name, dims)| (name.clone(), shape(dims))).collect();
+                (model["config"].clone(), tensors)
+            })
+            .collect()
+    });
+    &MODELS
+}
+
+fn any_value() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        (0u64..70).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        Just(json!(u64::MAX)),
+        Just(json!(-1)),
+        "[a-z]{0,6}".prop_map(Value::from),
+        proptest::collection::vec(0u64..70, 0..4).prop_map(Value::from),
+        Just(json!({"rope_type": 1, "x": {}})),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever a config says, every stored tensor gets one site and the plans of memory stand.
+    #[test]
+    fn any_config_leaves_every_tensor_its_site(
+        which in any::<prop::sample::Index>(),
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), any_value()), 1..5),
+    ) {
+        let (config, tensors) = &published()[which.index(published().len())];
+        let mut config = config.clone();
+        let object = config.as_object_mut().unwrap();
+        for (at, value) in changes {
+            let key = object.keys().nth(at.index(object.len())).unwrap().clone();
+            object.insert(key, value);
+        }
+        let Resolved { architecture, report } = fit(config, tensors);
+        let mut stored: Vec<&str> =
+            architecture.sites.iter().filter(|site| site.stored).map(|site| &*site.name).collect();
+        stored.sort_unstable();
+        let mut names: Vec<&str> = tensors.iter().map(|(name, _)| &**name).collect();
+        names.sort_unstable();
+        prop_assert_eq!(stored, names);
+        prop_assert_eq!(report.misfit().is_none(), report.missing.is_empty() && report.misshaped.is_empty());
+        let _ = (report.to_string(), report.strays());
+        memory_plan(&architecture, 1 << 20, &MemoryOptions::default());
+    }
+
+    /// A tensor that is gone, renamed or reshaped is noticed under its name, or the family can do without it.
+    #[test]
+    fn a_changed_tensor_is_noticed(which in any::<prop::sample::Index>(), at in any::<prop::sample::Index>(), how in 0usize..3) {
+        let (config, tensors) = &published()[which.index(published().len())];
+        let mut tensors = tensors.clone();
+        let at = at.index(tensors.len());
+        let name = tensors[at].0.clone();
+        match how {
+            0 => drop(tensors.remove(at)),
+            1 => tensors[at].0.push('x'),
+            _ => tensors[at].1.push(3),
+        }
+        let report = fit(config.clone(), &tensors).report;
+        let noticed = match how {
+            // Without its own head a model is taken for another member of the family, which lacks another one.
+            0 => !report.missing.is_empty(),
+            1 => report.unexpected.iter().any(|stray| stray.name == format!("{name}x")),
+            _ => report.misshaped.iter().any(|found| found.name == name),
+        };
+        prop_assert!(noticed || how == 0 && report.is_clean() || how == 2 && name.ends_with("position_ids"), "{name}: {report}");
+    }
 }

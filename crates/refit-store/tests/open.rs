@@ -254,3 +254,50 @@ fn broken_values_are_found_with_their_place() {
     let grid = llama.grid("model.layers.0.mlp.up_proj.weight").unwrap().unwrap();
     assert_eq!(grid.to_string(), "weights lie on a 16-level grid per 32 inputs: source was Q4_1");
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+
+    /// Any index gives a model whose tensors are those of files inside the directory, or an error that names the index
+    /// or a shard.
+    #[test]
+    fn any_index_is_followed_or_refused(
+        map in proptest::collection::btree_map("[abcd]", prop_oneof![
+            4 => Just("one.safetensors".to_owned()),
+            2 => Just("two.safetensors".to_owned()),
+            1 => "(\\.\\./|/|\\./|\\\\|one|\\.safetensors|model|outside|é){0,4}",
+        ], 0..5),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("outside.safetensors"), safetensors(&["d"])).unwrap();
+        let model = dir.path().join("model");
+        fs::create_dir(&model).unwrap();
+        let text = serde_json::to_string(&map).unwrap();
+        match sharded(&model, &text[1..text.len() - 1]) {
+            Ok(artifact) => {
+                let names: Vec<_> = artifact.tensors().iter().map(|info| info.name.clone()).collect();
+                prop_assert!(map.keys().all(|name| names.contains(name)), "{map:?} {names:?}");
+                prop_assert!(!names.contains(&"d".to_owned()), "followed outside");
+                for name in names {
+                    prop_assert_eq!(artifact.read_f32(&name).unwrap().len(), 1);
+                }
+            }
+            Err(error) => prop_assert!(error.to_string().contains("safetensors"), "{error}"),
+        }
+    }
+
+    #[test]
+    fn a_damaged_index_is_followed_or_refused(at in any::<prop::sample::Index>(), with in "(\\PC|[\"{}\\[\\],:0-]){0,3}") {
+        let dir = tempfile::tempdir().unwrap();
+        sharded(dir.path(), GOOD).unwrap();
+        let path = dir.path().join("model.safetensors.index.json");
+        let mut text = fs::read_to_string(&path).unwrap();
+        let at = at.index(text.len());
+        text.replace_range(at..at + 1, &with);
+        fs::write(&path, text).unwrap();
+        match Artifact::open(dir.path()) {
+            Ok(artifact) => prop_assert!(artifact.tensors().len() <= 3),
+            Err(error) => prop_assert!(error.to_string().contains(dir.path().to_str().unwrap()), "{error}"),
+        }
+    }
+}

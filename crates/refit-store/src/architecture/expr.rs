@@ -56,9 +56,12 @@ pub(super) enum Fault {
 
 type Eval<T> = Result<T, Fault>;
 
+/// Brackets, powers and `??` within each other; no size needs more, and each costs stack.
+const DEEPEST: usize = 64;
+
 /// Evaluates `source`, with names looked up through `names`.
 pub(super) fn eval(source: &str, names: &dyn Fn(&str) -> Option<Value>) -> Eval<Value> {
-    let mut parser = Parser { source, rest: source.trim_start(), names };
+    let mut parser = Parser { source, rest: source.trim_start(), names, depth: 0 };
     let value = parser.coalesce()?;
     if parser.rest.is_empty() { Ok(value) } else { Err(parser.invalid("unexpected text")) }
 }
@@ -67,9 +70,21 @@ struct Parser<'a> {
     source: &'a str,
     rest: &'a str,
     names: &'a dyn Fn(&str) -> Option<Value>,
+    depth: usize,
 }
 
 impl Parser<'_> {
+    /// Parses one level further down.
+    fn nested(&mut self, parse: fn(&mut Self) -> Eval<Value>) -> Eval<Value> {
+        if self.depth == DEEPEST {
+            return Err(self.invalid("nested too deeply"));
+        }
+        self.depth += 1;
+        let value = parse(self);
+        self.depth -= 1;
+        value
+    }
+
     fn invalid(&self, what: &str) -> Fault {
         Fault::Invalid(format!("{what} at `{}` in `{}`", self.rest, self.source))
     }
@@ -85,6 +100,10 @@ impl Parser<'_> {
     }
 
     fn coalesce(&mut self) -> Eval<Value> {
+        self.nested(Self::alternatives)
+    }
+
+    fn alternatives(&mut self) -> Eval<Value> {
         let left = self.comparison();
         if self.take("??") {
             let right = self.coalesce();
@@ -141,7 +160,7 @@ impl Parser<'_> {
 
     fn power(&mut self) -> Eval<Value> {
         let base = self.indexed();
-        if self.take("^") { arithmetic(base, self.power(), f64::powf) } else { base }
+        if self.take("^") { arithmetic(base, self.nested(Self::power), f64::powf) } else { base }
     }
 
     fn indexed(&mut self) -> Eval<Value> {
@@ -235,6 +254,7 @@ fn arithmetic(left: Eval<Value>, right: Eval<Value>, op: fn(f64, f64) -> f64) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn run(source: &str) -> Eval<Value> {
         eval(source, &|name| match name {
@@ -279,6 +299,55 @@ mod tests {
             "1.2.3",
         ] {
             assert!(run(source).is_err(), "{source}");
+        }
+        for deep in ["(", "[", "2^", "1??", "len("] {
+            assert!(run(&deep.repeat(10_000)).is_err(), "{deep}");
+        }
+    }
+
+    /// An expression and its value, computed beside it.
+    fn expression() -> impl Strategy<Value = (String, f64)> {
+        let leaf = prop_oneof![
+            (0u32..1000).prop_map(|n| (n.to_string(), f64::from(n))),
+            Just(("hidden".to_owned(), 576.0)),
+            Just(("depths[2]".to_owned(), 6.0)),
+            Just(("missing ?? heads".to_owned(), 9.0)),
+        ];
+        let leaf = leaf.prop_map(|(text, value)| (format!("({text})"), value));
+        leaf.prop_recursive(4, 24, 2, |inner| {
+            (inner.clone(), inner, 0usize..6).prop_map(
+                |((a, x), (b, y), operator)| match operator {
+                    0 => (format!("({a} + {b})"), x + y),
+                    1 => (format!("({a}-{b})"), x - y),
+                    2 => (format!("({a} * {b})"), x * y),
+                    3 => (format!("max({a}, {b})"), x.max(y)),
+                    4 => (format!("[{a}, {b}][1]"), y),
+                    _ => (format!("({a} > {b})"), f64::from(x > y)),
+                },
+            )
+        })
+    }
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(256))]
+
+        #[test]
+        fn values_are_those_of_the_operations((source, value) in expression()) {
+            prop_assert_eq!(run(&source), Ok(Value::Num(value)));
+        }
+
+        #[test]
+        fn any_text_is_a_value_or_a_fault(source in "([-+*/^()\\[\\],?=<>!' ]|hidden|depths|kind|len|max|é|[0-9.]){0,40}") {
+            let _ = run(&source);
+        }
+
+        #[test]
+        fn a_changed_expression_is_a_value_or_a_fault(
+            (source, _) in expression(), at in any::<prop::sample::Index>(), with in "[-+*/^(\\[?é'0]{0,2}",
+        ) {
+            let mut source = source;
+            source.replace_range(at.index(source.len()).., &with);
+            let _ = run(&source);
         }
     }
 }

@@ -154,31 +154,35 @@ pub fn resolve<'a>(
 ) -> Resolved {
     let stored: BTreeMap<&str, &[usize]> = tensors.into_iter().collect();
     let model_type = config.get("model_type").and_then(Json::as_str);
-    let (schema, inferred) = match model_type {
-        Some(name) => (schema::lookup(name), false),
+    let (schemas, inferred) = match model_type {
+        Some(name) => (schema::lookup(name).into_iter().collect(), false),
         None => (recognise(&stored), true),
     };
-    let Some(schema) = schema else {
+    let attempts = schemas.into_iter().flat_map(|schema| {
+        let prefixes = schema.prefixes.iter().map(String::as_str);
+        prefixes
+            .chain(schema.prefixes.is_empty().then_some(""))
+            .map(|prefix| Matcher::new(schema, config, &stored, prefix).run())
+            .collect::<Vec<_>>()
+    });
+    // Of equals the last is taken: that must be the first family with its usual prefix.
+    let attempts: Vec<_> = attempts.collect();
+    let best = attempts.into_iter().rev().max_by_key(|matcher| {
+        let fitting = matcher.hits - matcher.misshaped.len();
+        (fitting, matcher.hits, std::cmp::Reverse(matcher.missing.len()))
+    });
+    let Some(best) = best else {
         let architecture = infer::infer(model_type.unwrap_or("unknown"), config, &stored);
         return Resolved { architecture, report: LoadReport::default() };
     };
-    let best = schema
-        .prefixes
-        .iter()
-        .map(String::as_str)
-        .chain(schema.prefixes.is_empty().then_some(""))
-        .map(|prefix| Matcher::new(schema, config, &stored, prefix).run())
-        // Of equals the last is taken: that must be the usual prefix, which comes first.
-        .rev()
-        .max_by_key(|matcher| (matcher.hits, std::cmp::Reverse(matcher.missing.len())))
-        .expect("invariant: at least one prefix is tried");
-    let model_type = model_type.unwrap_or(&schema.model_type).to_owned();
+    let model_type = model_type.unwrap_or(&best.schema.model_type).to_owned();
     best.finish(model_type, inferred)
 }
 
-/// The description whose fingerprint is wholly present.
-fn recognise(stored: &BTreeMap<&str, &[usize]>) -> Option<&'static Schema> {
-    schema::FILES.iter().filter_map(|(name, _)| schema::lookup(name)).find(|schema| {
+/// The descriptions whose fingerprints are wholly present. Families that differ in sizes alone have names in common:
+/// the shapes decide among them.
+fn recognise(stored: &BTreeMap<&str, &[usize]>) -> Vec<&'static Schema> {
+    let present = |schema: &&Schema| {
         !schema.fingerprint.is_empty()
             && schema.prefixes.iter().map(String::as_str).chain([""]).any(|prefix| {
                 schema
@@ -186,7 +190,8 @@ fn recognise(stored: &BTreeMap<&str, &[usize]>) -> Option<&'static Schema> {
                     .iter()
                     .all(|name| stored.contains_key(format!("{prefix}{name}").as_str()))
             })
-    })
+    };
+    schema::FILES.iter().filter_map(|(name, _)| schema::lookup(name)).filter(present).collect()
 }
 
 /// Layers or experts that are looked for even where fewer tensors are stored.
@@ -538,7 +543,11 @@ impl<'s> Matcher<'s> {
             _ => self.config_key(inner),
         };
         match expr::eval(&expr.0, &earlier) {
-            Err(Fault::Unknown(inner)) if inner != name => self.absent_key(inner),
+            // Only earlier names are asked further: that ends.
+            Err(Fault::Unknown(inner)) => match self.schema.names.get_index_of(&inner) {
+                Some(other) if other < position => self.absent_key(inner),
+                _ => inner,
+            },
             _ => name,
         }
     }
@@ -656,4 +665,39 @@ fn nearest(name: &str, candidates: &[String]) -> Option<String> {
         .filter(|(likeness, _)| *likeness >= 0.75)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, candidate)| candidate.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(256))]
+
+        /// A changed description is refused, or resolves to a site for every tensor.
+        #[test]
+        fn a_changed_description_is_refused_or_resolves(
+            which in any::<prop::sample::Index>(),
+            edits in proptest::collection::vec((any::<prop::sample::Index>(), "[a-z0-9:{}\\[\\], ?*+^\"'.\n-]{0,2}"), 1..3),
+        ) {
+            let (_, text) = schema::FILES[which.index(schema::FILES.len())];
+            let mut text = text.to_owned();
+            for (at, with) in edits {
+                let at = at.index(text.len());
+                if text.is_char_boundary(at) && text.is_char_boundary(at + 1) {
+                    text.replace_range(at..at + 1, &with);
+                }
+            }
+            let Ok(schema) = serde_saphyr::from_str::<Schema>(&text) else { return Ok(()) };
+            let shape = [4usize, 4];
+            let names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "h.1.attn.bias", "x"];
+            let stored: BTreeMap<&str, &[usize]> = names.iter().map(|name| (*name, &shape[..])).collect();
+            let config = serde_json::json!({"hidden_size": 4, "num_hidden_layers": 2, "depths": [1, 2]});
+            let config = config.as_object().expect("invariant: an object");
+            let resolved = Matcher::new(&schema, config, &stored, "").run().finish("x".to_owned(), false);
+            let sites = resolved.architecture.sites.iter().filter(|site| site.stored);
+            prop_assert!(names.iter().all(|name| sites.clone().any(|site| site.name == *name)));
+        }
+    }
 }

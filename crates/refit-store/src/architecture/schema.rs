@@ -197,6 +197,12 @@ files![
     "clip",
     "whisper",
     "efficientnet-lite0",
+    "refit-cnn",
+    "refit-mlp",
+    "efficientnet-lite1",
+    "efficientnet-lite2",
+    "efficientnet-lite3",
+    "efficientnet-lite4",
 ];
 
 /// Model types that share a file under another name.

@@ -95,6 +95,10 @@ impl Entry {
         };
         let mut rehashed = false;
         for file in &mut manifest.files {
+            if !is_inside(&file.record.name) {
+                self.remove()?;
+                return Ok(None);
+            }
             match intact(&self.files_dir().join(&file.record.name), file) {
                 Some(modified) => {
                     rehashed |= std::mem::replace(&mut file.modified, modified) != modified
@@ -169,6 +173,12 @@ impl Manifest {
     }
 }
 
+/// True for a name that stays below the entry's own directory.
+fn is_inside(name: &str) -> bool {
+    let mut parts = Path::new(name).components().peekable();
+    parts.peek().is_some() && parts.all(|part| matches!(part, std::path::Component::Normal(_)))
+}
+
 /// The modification time to remember, when size and hash are right. The hash is recomputed only when the time
 /// changed.
 fn intact(path: &Path, file: &Stored) -> Option<u64> {
@@ -231,6 +241,7 @@ fn slug(key: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn options(dir: &Path) -> PullOptions {
         PullOptions { cache: Some(dir.to_owned()), ..Default::default() }
@@ -298,5 +309,42 @@ mod tests {
     fn slugs_are_safe_and_distinct() {
         assert_ne!(slug("a/b"), slug("a-b"));
         assert!(!slug("../../etc").contains(['/', '.']));
+    }
+
+    #[test]
+    fn a_manifest_that_names_files_elsewhere_means_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = Entry::open("pypi:x", "pypi", "x", &options(dir.path())).unwrap();
+        fs::write(dir.path().join("secret"), b"weights").unwrap();
+        for name in ["../../../secret", dir.path().join("secret").to_str().unwrap(), ""] {
+            let mut manifest = fill(&entry);
+            manifest.files[0].record.name = name.to_owned();
+            entry.write_manifest(&entry.dir, &manifest).unwrap();
+            assert!(entry.verified().unwrap().is_none(), "{name}");
+        }
+        assert!(dir.path().join("secret").is_file());
+    }
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(128))]
+
+        /// Whatever became of the manifest, an entry is absent or holds what it lists.
+        #[test]
+        fn a_changed_manifest_means_absent_or_intact(at in any::<prop::sample::Index>(), with in "(\\PC|[0-9\"{},:-]){0,3}") {
+            let dir = tempfile::tempdir().unwrap();
+            let entry = Entry::open("pypi:x", "pypi", "x", &options(dir.path())).unwrap();
+            fill(&entry);
+            let path = entry.dir.join(MANIFEST);
+            let mut text = fs::read_to_string(&path).unwrap();
+            let at = at.index(text.len());
+            text.replace_range(at..at + 1, &with);
+            fs::write(&path, text).unwrap();
+            if let Some(manifest) = entry.verified().unwrap() {
+                for file in manifest.records() {
+                    let bytes = fs::read(entry.files_dir().join(&file.name)).unwrap();
+                    prop_assert_eq!(bytes.len() as u64, file.size);
+                }
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::cache::{Entry, Manifest};
-use super::{PullOptions, Pulled, fault, offline};
+use super::{PullOptions, Pulled, fault, offline, unreachable};
 use crate::error::{Error, Result};
 use crate::hash;
 use crate::lineage::FileRecord;
@@ -135,7 +135,7 @@ fn common_dir(names: &[&str]) -> PathBuf {
 fn run(source: &str, command: &mut Command) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().map_err(|error| {
-        fault(
+        unreachable(
             source,
             format!("cannot run {program}: {error}"),
             "deb: sources need a Debian or Ubuntu system; elsewhere give the path of the files",
@@ -150,11 +150,14 @@ fn run(source: &str, command: &mut Command) -> Result<()> {
         .find(|line| line.starts_with("E:"))
         .or(message.lines().last())
         .unwrap_or("no message");
-    Err(fault(
-        source,
+    let (said, help) = (
         format!("{program} failed: {reason}"),
         "check the name, run `apt-get update`, and check the network",
-    ))
+    );
+    Err(match reason.contains("Failed to fetch") {
+        true => unreachable(source, said, help),
+        false => fault(source, said, help),
+    })
 }
 
 fn newest_deb(dir: &Path) -> Result<Option<PathBuf>> {

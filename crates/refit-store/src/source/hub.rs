@@ -1,6 +1,7 @@
 //! `hf:owner/name[@revision][/file]`: a model hub over plain HTTPS, with Hugging Face's conventions for tokens,
 //! endpoint and cache.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -9,6 +10,7 @@ use super::cache::Entry;
 use super::net::{Client, Route, Url};
 use super::{Progress, PullOptions, Pulled, entry_point, extension, fault, offline};
 use crate::error::{Error, Result};
+use crate::hash;
 
 struct Id<'s> {
     repo: String,
@@ -39,15 +41,57 @@ fn parse<'s>(source: &str, rest: &'s str) -> Result<Id<'s>> {
     Ok(Id { repo: format!("{owner}/{name}"), revision, member: member.filter(|m| !m.is_empty()) })
 }
 
+/// What the environment says about the hub, in the variables that Hugging Face's own tools read.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Settings {
+    /// Address of the hub, without a slash at its end.
+    pub endpoint: String,
+    pub token: Option<String>,
+    /// Where Hugging Face's own tools keep what they fetched.
+    pub cache: Option<PathBuf>,
+    pub offline: bool,
+}
+
+impl Settings {
+    fn load() -> Self {
+        let endpoint = env("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
+        let token = || {
+            let path = env("HF_TOKEN_PATH")
+                .map(PathBuf::from)
+                .or_else(|| Some(hub_home()?.join("token")))?;
+            let text = std::fs::read_to_string(path).ok()?.trim().to_owned();
+            (!text.is_empty()).then_some(text)
+        };
+        Self {
+            endpoint: endpoint.trim_end_matches('/').to_owned(),
+            token: env("HF_TOKEN").or_else(token),
+            cache: env("HF_HUB_CACHE").map(PathBuf::from).or_else(|| Some(hub_home()?.join("hub"))),
+            offline: env("HF_HUB_OFFLINE").is_some_and(|value| value != "0"),
+        }
+    }
+}
+
 pub(super) fn resolve(
     source: &str,
     rest: &str,
     options: &PullOptions,
     progress: Progress<'_>,
 ) -> Result<Pulled> {
+    resolve_with(source, rest, options, progress, &Settings::load())
+}
+
+/// As [`resolve`], with these settings.
+pub(super) fn resolve_with(
+    source: &str,
+    rest: &str,
+    options: &PullOptions,
+    progress: Progress<'_>,
+    settings: &Settings,
+) -> Result<Pulled> {
     let id = parse(source, rest)?;
     if !options.refresh
-        && let Some(pulled) = from_hub_cache(source, &id)
+        && let Some(hub) = &settings.cache
+        && let Some(pulled) = from_hub_cache(source, &id, hub)
     {
         return pulled;
     }
@@ -56,11 +100,9 @@ pub(super) fn resolve(
     let entry = Entry::open(source, "hf", &key, options)?;
     let (manifest, from_cache) = match entry.verified()?.filter(|_| !options.refresh) {
         Some(manifest) => (manifest, true),
-        None if options.is_offline() || env("HF_HUB_OFFLINE").is_some_and(|v| v != "0") => {
-            return Err(offline(source));
-        }
+        None if options.is_offline() || settings.offline => return Err(offline(source)),
         None => {
-            let revision = fetch(source, &id, &entry, progress)?;
+            let revision = fetch(source, &id, &entry, progress, settings)?;
             (entry.commit(format!("hf:{}@{revision}", id.repo), None)?, false)
         }
     };
@@ -81,9 +123,8 @@ fn hub_home() -> Option<PathBuf> {
     env("HF_HOME").map(PathBuf::from).or_else(|| Some(cache()?.join("huggingface")))
 }
 
-/// A snapshot that Hugging Face's own tools fetched, used where it lies.
-fn from_hub_cache(source: &str, id: &Id<'_>) -> Option<Result<Pulled>> {
-    let hub = env("HF_HUB_CACHE").map(PathBuf::from).or_else(|| Some(hub_home()?.join("hub")))?;
+/// A snapshot that Hugging Face's own tools fetched into `hub`, used where it lies.
+fn from_hub_cache(source: &str, id: &Id<'_>, hub: &Path) -> Option<Result<Pulled>> {
     let repo = hub.join(format!("models--{}", id.repo.replace('/', "--")));
     let commit = std::fs::read_to_string(repo.join("refs").join(id.revision))
         .map_or_else(|_| id.revision.to_owned(), |text| text.trim().to_owned());
@@ -137,18 +178,28 @@ struct Lfs {
     sha256: String,
 }
 
+/// The hub's description of a revision.
+fn described(text: &str) -> std::result::Result<Repository, String> {
+    let mut repository: Repository =
+        serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let sha = &repository.sha;
+    if sha.is_empty() || !sha.chars().all(|c| c.is_ascii_alphanumeric()) {
+        return Err("its `sha` is no commit".to_owned());
+    }
+    let mut seen = HashSet::new();
+    repository.siblings.retain(|file| seen.insert(file.rfilename.clone()));
+    Ok(repository)
+}
+
 /// Downloads the files of a repository and returns the commit.
-fn fetch(source: &str, id: &Id<'_>, entry: &Entry, progress: Progress<'_>) -> Result<String> {
-    let endpoint = env("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
-    let endpoint = endpoint.trim_end_matches('/');
-    let token = env("HF_TOKEN").or_else(|| {
-        let path =
-            env("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(hub_home()?.join("token")))?;
-        std::fs::read_to_string(path)
-            .ok()
-            .map(|text| text.trim().to_owned())
-            .filter(|text| !text.is_empty())
-    });
+fn fetch(
+    source: &str,
+    id: &Id<'_>,
+    entry: &Entry,
+    progress: Progress<'_>,
+    settings: &Settings,
+) -> Result<String> {
+    let Settings { endpoint, token, .. } = settings;
     let client = Client::new(source, &Route::default())?;
     let api = Url::with_token(
         &format!("{endpoint}/api/models/{}/revision/{}?blobs=true", id.repo, id.revision),
@@ -161,22 +212,17 @@ fn fetch(source: &str, id: &Id<'_>, entry: &Entry, progress: Progress<'_>) -> Re
             "check the name; a private model needs HF_TOKEN",
         )
     })?;
-    let repository: Repository = serde_json::from_str(&text).map_err(|error| {
-        fault(source, format!("{api} gives no model description: {error}"), "check HF_ENDPOINT")
+    let repository = described(&text).map_err(|reason| {
+        fault(source, format!("{api} gives no model description: {reason}"), "check HF_ENDPOINT")
     })?;
-    if !repository.sha.chars().all(|c| c.is_ascii_alphanumeric()) {
-        return Err(fault(
-            source,
-            format!("{api} gives a commit that is none"),
-            "check HF_ENDPOINT",
-        ));
-    }
     let wanted = choose(source, &repository.siblings, id.member)?;
-    let waiting =
-        |file: &Sibling| format!("{}-{}", repository.sha, file.rfilename.replace('/', "--"));
-    let total: Option<u64> = wanted.iter().map(|file| file.size).sum();
+    // Where a finished download waits: flat, and never one place for two names.
+    let waiting = |file: &Sibling| {
+        format!("{}-{}", repository.sha, &hash::hex(file.rfilename.as_bytes())[..32])
+    };
+    let total = wanted.iter().try_fold(0u64, |total, file| total.checked_add(file.size?));
     let (partial, staging) = (entry.partial_dir()?, entry.staging_dir()?);
-    let mut before = 0;
+    let mut before = 0u64;
     for file in &wanted {
         let url = Url::with_token(
             &format!("{endpoint}/{}/resolve/{}/{}", id.repo, repository.sha, file.rfilename),
@@ -190,11 +236,11 @@ fn fetch(source: &str, id: &Id<'_>, entry: &Entry, progress: Progress<'_>) -> Re
                 &flat,
                 file.lfs.as_ref().map(|lfs| lfs.sha256.as_str()),
                 &|done, _| {
-                    progress(before + done, total);
+                    progress(done.saturating_add(before), total);
                 },
             )?;
         }
-        before += file.size.unwrap_or(0);
+        before = file.size.unwrap_or(0).saturating_add(before);
     }
     for file in &wanted {
         let flat = partial.join(waiting(file));
@@ -210,7 +256,7 @@ fn fetch(source: &str, id: &Id<'_>, entry: &Entry, progress: Progress<'_>) -> Re
 /// directory that are not code.
 fn choose(source: &str, siblings: &[Sibling], member: Option<&str>) -> Result<Vec<Sibling>> {
     let safe = |name: &str| {
-        !name.contains('\\') && name.split('/').all(|part| !matches!(part, "" | "." | ".."))
+        !name.contains(['\\', '\0']) && name.split('/').all(|part| !matches!(part, "" | "." | ".."))
     };
     let files: Vec<&Sibling> = siblings.iter().filter(|file| safe(&file.rfilename)).collect();
     if let Some(member) = member {
@@ -272,6 +318,7 @@ fn choose(source: &str, siblings: &[Sibling], member: Option<&str>) -> Result<Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn sources_are_parsed() {
@@ -319,5 +366,49 @@ mod tests {
         assert!(error.contains("hf:o/n/b.gguf"), "{error}");
         assert!(choose("hf:o/n", &siblings(&["x.onnx"]), None).is_err());
         assert!(choose("hf:o/n", &siblings(&["../x"]), Some("../x")).is_err());
+    }
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(256))]
+
+        /// Whatever a hub lists, what is fetched lies in the target and each name is fetched once.
+        #[test]
+        fn only_plain_names_are_chosen(
+            names in proptest::collection::vec("(\\.\\./|\\./|/|\\\\|a|b/|é|\\.gguf|\\.safetensors|\\.json|\\.py|\u{0}){1,6}", 0..8),
+            member in proptest::option::of("(\\.\\./|a|b/|\\.gguf){1,4}"),
+            size in any::<u64>(),
+        ) {
+            let listed: Vec<_> = names.iter().map(|n| serde_json::json!({"rfilename": n, "size": size, "lfs": null})).collect();
+            let text = serde_json::json!({"sha": "c0ffee", "siblings": listed}).to_string();
+            let repository = described(&text).unwrap();
+            if let Ok(chosen) = choose("hf:o/n", &repository.siblings, member.as_deref()) {
+                let mut seen = HashSet::new();
+                for file in chosen {
+                    let path = Path::new(&file.rfilename);
+                    let inside = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+                    prop_assert!(inside && !file.rfilename.contains(['\\', '\0']), "{:?}", file.rfilename);
+                    prop_assert!(seen.insert(file.rfilename));
+                }
+            }
+        }
+
+        #[test]
+        fn a_damaged_description_is_read_or_refused(at in any::<prop::sample::Index>(), with in "(\\PC|[0-9\"{}\\[\\],:-]){0,3}") {
+            let mut text = r#"{"sha":"c0ffee","siblings":[{"rfilename":"a.gguf","size":12,"lfs":{"sha256":"ab"}},{"rfilename":"config.json"}]}"#.to_owned();
+            let at = at.index(text.len());
+            text.replace_range(at..at + 1, &with);
+            if let Ok(repository) = described(&text) {
+                prop_assert!(repository.sha.chars().all(|c| c.is_ascii_alphanumeric()) && !repository.sha.is_empty());
+                let _ = choose("hf:o/n", &repository.siblings, None);
+            }
+        }
+
+        #[test]
+        fn any_source_is_an_id_or_an_error(rest in "(owner|/|@|main|\\.|\\.\\.|é| |a.gguf){0,8}") {
+            if let Ok(id) = parse("hf:x", &rest) {
+                prop_assert!(!id.repo.contains("..") || !id.repo.split('/').any(|part| part.starts_with('.')));
+                prop_assert!(!id.revision.contains('/') && !id.revision.starts_with('.'));
+            }
+        }
     }
 }

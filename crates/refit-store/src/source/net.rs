@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Progress, fault};
+use super::{Progress, fault, unreachable};
 use crate::error::{Error, Result};
 use crate::hash;
 
@@ -159,7 +159,7 @@ impl Client {
             request = request.header(*name, value);
         }
         request.call().map_err(|error| {
-            fault(
+            unreachable(
                 &self.source,
                 format!("cannot reach {url}: {error}"),
                 "check the network, proxy and certificates; or give the path of a copy, or use builtin:tiny",
@@ -176,11 +176,16 @@ impl Client {
             429 => "the server asks for patience: wait a little and try again",
             _ => "try again later, or give the path of a copy",
         };
-        fault(&self.source, format!("{url} answers {status}"), help)
+        let reason = format!("{url} answers {status}");
+        match status {
+            404 | 410 => fault(&self.source, reason, help),
+            // Whoever turns a request away, a registry or a proxy before it, has not said that the source is wrong.
+            _ => unreachable(&self.source, reason, help),
+        }
     }
 
     fn broken(&self, url: &Url, reason: &str) -> Error {
-        fault(
+        unreachable(
             &self.source,
             format!("the download of {url} broke off: {reason}"),
             "run again: it goes on where it stopped",

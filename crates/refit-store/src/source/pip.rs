@@ -140,6 +140,7 @@ fn is_true(value: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn config(texts: &[&str]) -> Config {
         let mut settings = BTreeMap::new();
@@ -184,5 +185,35 @@ mod tests {
             super::files(&|name| (name == "PIP_CONFIG_FILE").then(|| "/dev/null".to_owned()))
                 .is_empty()
         );
+    }
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(256))]
+
+        #[test]
+        fn any_text_is_a_configuration(
+            text in "(\\[global\\]|\\[list\\]|\\[|\\]|\n|\n |=|:|#|index-url|timeout|no_index|https://h/|true|9{30}|é| ){0,40}",
+        ) {
+            let config = config(&[&text]);
+            // Only `no-index` leaves pip without an index.
+            prop_assert!(!config.indexes.is_empty() || text.contains("no_index"));
+        }
+
+        #[test]
+        fn what_is_written_is_read(
+            first in "[a-z:/.@]{1,20}", more in proptest::collection::vec("[a-z/.]{1,12}", 0..4), timeout in any::<u64>(),
+            colon: bool, section in 0usize..3,
+        ) {
+            let equals = if colon { ":" } else { "=" };
+            let section = ["global", "install", "download"][section];
+            let text = format!(
+                "# pip\n[other]\nindex-url = no\n[{section}]\nindex-url {equals} {first}\nextra_index_url {equals}\n  {}\ntimeout {equals} {timeout}\n",
+                more.join("\n\t"),
+            );
+            let config = config(&[&text]);
+            prop_assert_eq!(&config.indexes[0], &first);
+            prop_assert_eq!(&config.indexes[1..], &more[..]);
+            prop_assert_eq!(config.timeout, Some(timeout));
+        }
     }
 }

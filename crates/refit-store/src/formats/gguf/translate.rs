@@ -196,6 +196,9 @@ pub(crate) fn config(header: &Header, source: &Source) -> Config {
     if family.model_type == "llama" {
         config.insert("mlp_bias".into(), json!(find("blk.0.ffn_up.bias").is_some()));
     }
+    if let Some(scalar) = query_scalar(family, &config) {
+        config.insert("query_pre_attn_scalar".into(), json!(scalar));
+    }
     for key in ["bos", "eos", "pad"] {
         let gguf = if key == "pad" { "padding" } else { key };
         if let Some(id) = header.get(&format!("tokenizer.ggml.{gguf}_token_id")) {
@@ -206,6 +209,19 @@ pub(crate) fn config(header: &Header, source: &Source) -> Config {
         config.insert("rope_scaling".into(), scaling);
     }
     Config::new(config)
+}
+
+/// What Gemma 2 divides scores by the root of, which GGUF leaves to be known: the width of a head, but in the release
+/// with 46 layers the width of the model over its heads.
+fn query_scalar(family: &Family, config: &Map<String, Json>) -> Option<u64> {
+    let size = |key: &str| config.get(key).and_then(Json::as_u64);
+    match family.model_type {
+        "gemma2" if size("num_hidden_layers") == Some(46) => {
+            size("hidden_size")?.checked_div(size("num_attention_heads")?)
+        }
+        "gemma2" => size("head_dim"),
+        _ => None,
+    }
 }
 
 /// Per-layer lists whose elements agree become the one number that `config.json` holds.

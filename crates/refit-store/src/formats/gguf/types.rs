@@ -75,6 +75,12 @@ ggml_types! {
     TQ2_0 = 35, 256, 66;
     /// OCP microscaling: E2M1 elements, a power-of-two scale.
     MXFP4 = 39, 32, 17;
+    /// E2M1 elements, an unsigned E4M3 scale for every 16 of them.
+    NVFP4 = 40, 64, 36;
+    /// One bit: `d` or `-d`.
+    Q1_0 = 41, 128, 18;
+    /// 2 bits: `(q - 1) d`.
+    Q2_0 = 42, 64, 18;
 }
 
 impl fmt::Display for GgmlType {
