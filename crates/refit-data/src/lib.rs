@@ -6,6 +6,7 @@
 //! | [`Tokenizer`] | text to ids and back, special ids, chat templates |
 //! | [`text`] | files as one token stream, cut into windows |
 //! | [`records`] | JSONL, CSV and Parquet tables, with checks |
+//! | [`examples`] | what a language model is trained on: ids, and which are learned |
 //! | [`split`] | deterministic splits that leak nothing |
 //! | [`images`] | IDX, class folders, decoding, preprocessing |
 //! | [`corpus`] | text corpora from installed packages, and the small held-out texts that travel with refit |
@@ -16,6 +17,7 @@
 
 pub mod corpus;
 mod error;
+pub mod examples;
 mod file;
 pub mod images;
 pub mod records;
@@ -32,3 +34,13 @@ pub use text::TextStream;
 pub use tokenizer::{
     Message, SpecialIds, StreamDecoder, Tokenizer, TokenizerFiles, TokenizerReport,
 };
+
+#[cfg(test)]
+mod testing {
+    /// So many cases of a property, or as many as `PROPTEST_CASES` asks for.
+    pub fn cases(usual: u32) -> proptest::test_runner::Config {
+        let asked = std::env::var_os("PROPTEST_CASES").is_some();
+        let usual = proptest::test_runner::Config::with_cases(usual);
+        if asked { proptest::test_runner::Config::default() } else { usual }
+    }
+}

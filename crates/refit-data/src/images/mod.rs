@@ -140,7 +140,51 @@ mod tests {
         assert!(error.starts_with("a.txt: not an image"), "{error}");
     }
 
+    /// A picture with edges and gradients, as each kind of file.
+    fn encoded(format: image::ImageFormat) -> Vec<u8> {
+        let picture = image::RgbImage::from_fn(24, 17, |x, y| {
+            image::Rgb([(x * 10) as u8, (y * 15) as u8, if x > y { 200 } else { 30 }])
+        });
+        let mut out = std::io::Cursor::new(Vec::new());
+        picture.write_to(&mut out, format).unwrap();
+        out.into_inner()
+    }
+
+    const FORMATS: [image::ImageFormat; 3] =
+        [image::ImageFormat::Png, image::ImageFormat::Jpeg, image::ImageFormat::Bmp];
+
+    #[test]
+    fn every_kind_of_file_is_decoded() {
+        for format in FORMATS {
+            let image = decode_bytes(Path::new("x"), &encoded(format)).unwrap();
+            assert_eq!((image.width, image.height, image.channels), (24, 17, 3));
+            let near = |at: usize, want: u8| image.data[at].abs_diff(want) < 25;
+            assert!(near(3 * 20 + 2, 200) && near(3 * (16 * 24) + 2, 30), "{format:?}");
+        }
+    }
+
     proptest! {
+        #![proptest_config(crate::testing::cases(200))]
+
+        /// A changed file is refused, or gives as many pixels as it says.
+        #[test]
+        fn changed_images_are_decoded_or_refused(
+            kind in 0usize..3, cut in any::<prop::sample::Index>(), keep: bool,
+            edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
+        ) {
+            let mut bytes = encoded(FORMATS[kind]);
+            for (at, byte) in edits {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if !keep {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            if let Ok(image) = decode_bytes(Path::new("x"), &bytes) {
+                prop_assert_eq!(image.data.len(), 3 * image.width * image.height);
+            }
+        }
+
         #[test]
         fn damaged_images_do_not_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), kind in 0usize..3) {
             let magic: &[u8] = [b"\x89PNG\r\n\x1a\n".as_slice(), b"\xff\xd8\xff\xe0", b"BM"][kind];

@@ -128,7 +128,11 @@ impl Preprocess {
             (resize, map.get("crop_pct").and_then(Value::as_f64))
         {
             if edge < 384 && part > 0.0 && part <= 1.0 {
-                resize = Some(Resize::Shortest((edge as f64 / part) as usize));
+                let larger = edge as f64 / part;
+                if larger > MAX_EDGE as f64 {
+                    return Err(bad("crop_pct", "a part of the size that leaves a size in pixels"));
+                }
+                resize = Some(Resize::Shortest(larger as usize));
                 crop = Some((edge, edge));
             } else {
                 resize = Some(Resize::Exact { height: edge, width: edge });
@@ -141,15 +145,19 @@ impl Preprocess {
             }
         };
         let list = |key: &str, default: f64| -> Result<Vec<f32>> {
-            let values = match map.get(key) {
+            let wrong = || bad(key, "one number per channel");
+            let values: Vec<f64> = match map.get(key) {
                 None | Some(Value::Null) => vec![default; 3],
-                Some(Value::Array(a)) => a.iter().filter_map(Value::as_f64).collect(),
-                Some(v) => vec![v.as_f64().ok_or_else(|| bad(key, "numbers"))?; 3],
+                Some(Value::Array(a)) => {
+                    a.iter().map(Value::as_f64).collect::<Option<_>>().ok_or_else(wrong)?
+                }
+                Some(v) => vec![v.as_f64().ok_or_else(wrong)?; 3],
             };
-            if values.len() != 3 && values.len() != 1 {
-                return Err(bad(key, "one number per channel"));
+            let values: Vec<f32> = values.into_iter().map(|v| v as f32).collect();
+            if !matches!(values.len(), 1 | 3) || values.iter().any(|v| !v.is_finite()) {
+                return Err(wrong());
             }
-            Ok(values.into_iter().map(|v| v as f32).collect())
+            Ok(values)
         };
         let normalize = flag("do_normalize", true);
         let (mean, std) = match normalize {
@@ -161,6 +169,9 @@ impl Preprocess {
         }
         let rescaled = flag("do_rescale", true);
         let rescale = if rescaled { number("rescale_factor", 1.0 / 255.0)? as f32 } else { 1.0 };
+        if !rescale.is_finite() {
+            return Err(bad("rescale_factor", "a number"));
+        }
         let offset = if rescaled && flag("rescale_offset", false) { 1.0 } else { 0.0 };
         let channels = match (mean.len(), flag("do_flip_channel_order", false)) {
             (1, _) => ChannelOrder::Grey,
@@ -203,14 +214,21 @@ impl Preprocess {
             _ => image.to_rgb(),
         };
         let (w, h) = (image.width, image.height);
-        image = match self.resize {
-            Some(Resize::Shortest(edge)) if w <= h => {
-                image.resize(edge, (edge * h / w).max(1), self.filter)
-            }
-            Some(Resize::Shortest(edge)) => image.resize((edge * w / h).max(1), edge, self.filter),
-            Some(Resize::Exact { height, width }) => image.resize(width, height, self.filter),
-            None => image,
+        let size = match self.resize {
+            Some(Resize::Shortest(edge)) if w <= h => Some((edge, (edge * h / w).max(1))),
+            Some(Resize::Shortest(edge)) => Some(((edge * w / h).max(1), edge)),
+            Some(Resize::Exact { height, width }) => Some((width, height)),
+            None => None,
         };
+        if let Some((width, height)) = size {
+            if width.saturating_mul(height) > MAX_PIXELS {
+                return Err(Error::Invalid(format!(
+                    "an image of {w} x {h} pixels would become one of {width} x {height}; cut it to \
+                     a shape nearer to the model's input"
+                )));
+            }
+            image = image.resize(width, height, self.filter);
+        }
         if let Some((height, width)) = self.crop {
             image = image.center_crop(width, height);
         }
@@ -226,8 +244,14 @@ impl Preprocess {
     }
 }
 
+/// Largest height or width that a configuration may ask for.
+const MAX_EDGE: u64 = 4096;
+
+/// Pixels of a resized image at most: a thin strip whose short edge is enlarged takes any amount.
+const MAX_PIXELS: usize = 1 << 25;
+
 fn pixels(value: &Value) -> Option<usize> {
-    value.as_u64().filter(|v| (1..=16_384).contains(v)).map(|v| v as usize)
+    value.as_u64().filter(|v| (1..=MAX_EDGE).contains(v)).map(|v| v as usize)
 }
 
 /// Height and width: a number, `{height, width}` or `{shortest_edge}`.
@@ -242,6 +266,7 @@ fn edges(value: Option<&Value>) -> Option<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn read(json: &str) -> Result<Preprocess> {
         Preprocess::from_config(Path::new("preprocessor_config.json"), json.as_bytes())
@@ -267,6 +292,11 @@ mod tests {
             (r#"{"resample": 9}"#, "`resample`"),
             (r#"{"image_std": [0, 1, 1]}"#, "`image_std`"),
             (r#"{"image_mean": [1, 2]}"#, "`image_mean`"),
+            (r#"{"image_mean": ["x", 0.5]}"#, "`image_mean`"),
+            (r#"{"image_mean": 1e300}"#, "`image_mean`"),
+            (r#"{"rescale_factor": 1e300}"#, "`rescale_factor`"),
+            (r#"{"size": {"shortest_edge": 224}, "crop_pct": 1e-300}"#, "`crop_pct`"),
+            (r#"{"size": 100000}"#, "`size`"),
             (r#"{"do_center_crop": true, "crop_size": -1}"#, "`crop_size`"),
             ("[]", "JSON object"),
         ] {
@@ -297,5 +327,63 @@ mod tests {
         let image = Image { width: 300, height: 200, channels: 1, data: vec![9; 60_000] };
         let (x, h, w) = Preprocess::efficientnet_lite(224).apply(&image).unwrap();
         assert_eq!((x.len(), h, w), (3 * 224 * 224, 224, 224));
+    }
+
+    #[test]
+    fn a_strip_is_refused_before_it_grows() {
+        let image = Image { width: 1, height: 60_000, channels: 1, data: vec![9; 60_000] };
+        let error = Preprocess::efficientnet_lite(224).apply(&image).unwrap_err().to_string();
+        assert!(error.contains("1 x 60000 pixels"), "{error}");
+    }
+
+    fn any_setting() -> impl Strategy<Value = Value> {
+        let number = prop_oneof![
+            (0u64..40).prop_map(Value::from),
+            (-2.0..2.0f64).prop_map(Value::from),
+            Just(Value::from(1e300)),
+            Just(Value::from(u64::MAX)),
+        ];
+        let size = (0u64..40, 0u64..40)
+            .prop_map(|(height, width)| serde_json::json!({"height": height, "width": width}));
+        prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            number.clone(),
+            Just(Value::from("x")),
+            proptest::collection::vec(number, 0..4).prop_map(Value::from),
+            size,
+            (0u64..40).prop_map(|edge| serde_json::json!({"shortest_edge": edge})),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(crate::testing::cases(400))]
+
+        /// Any values under the known keys are refused, or give a finite input of the size that they ask for.
+        #[test]
+        fn any_settings_are_refused_or_usable(
+            settings in proptest::collection::btree_map(proptest::sample::select(vec![
+                "do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_flip_channel_order", "rescale_offset",
+                "size", "crop_size", "crop_pct", "resample", "image_mean", "image_std", "rescale_factor",
+            ]), any_setting(), 0..8),
+            width in 1usize..20, height in 1usize..20,
+        ) {
+            let text = serde_json::to_vec(&settings).unwrap();
+            let Ok(plan) = Preprocess::from_config(Path::new("p.json"), &text) else { return Ok(()) };
+            let image = Image { width, height, channels: 3, data: vec![200; 3 * width * height] };
+            let (values, h, w) = plan.apply(&image).unwrap();
+            prop_assert_eq!(values.len(), plan.mean.len() * h * w);
+            prop_assert!(values.iter().all(|v| v.is_finite()) || plan.std.iter().any(|s| s.abs() < 1e-30));
+            if let Some(crop) = plan.crop {
+                prop_assert_eq!((h, w), crop);
+            } else if let Some(Resize::Exact { height, width }) = plan.resize {
+                prop_assert_eq!((h, w), (height, width));
+            }
+        }
+
+        #[test]
+        fn any_text_is_refused_or_read(text in "(\\{|\\}|\\[|\\]|\"size\"|\"image_std\"|:|,|-1|0.5|1e9|null|é){0,20}") {
+            let _ = read(&text);
+        }
     }
 }

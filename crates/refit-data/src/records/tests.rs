@@ -84,19 +84,17 @@ fn the_extension_decides() {
     );
 }
 
+/// A small table of two columns, one of them with a hole.
 #[cfg(feature = "parquet")]
-#[test]
-fn parquet_rows_come_out_typed() {
+fn write_parquet(file: &Path) {
     use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
     use parquet::file::{properties::WriterProperties, writer::SerializedFileWriter};
     use std::sync::Arc;
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("a.parquet");
     let schema = "message m { required binary text (UTF8); optional int64 label; }";
     let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
     let properties =
         WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY);
-    let out = std::fs::File::create(&file).unwrap();
+    let out = std::fs::File::create(file).unwrap();
     let mut writer = SerializedFileWriter::new(out, schema, Arc::new(properties.build())).unwrap();
     let mut group = writer.next_row_group().unwrap();
     let mut column = group.next_column().unwrap().unwrap();
@@ -108,7 +106,14 @@ fn parquet_rows_come_out_typed() {
     column.close().unwrap();
     group.close().unwrap();
     writer.close().unwrap();
+}
 
+#[cfg(feature = "parquet")]
+#[test]
+fn parquet_rows_come_out_typed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.parquet");
+    write_parquet(&file);
     let records = Records::open(&file).unwrap();
     assert_eq!(records.texts("text").unwrap(), ["one", "zwö"]);
     assert_eq!(records.rows()[1], Record { line: 2, values: vec![json!("zwö"), json!(null)] });
@@ -131,5 +136,33 @@ proptest! {
         let file = dir.path().join("a.parquet");
         std::fs::write(&file, [b"PAR1", &bytes[..], b"\x10\0\0\0PAR1"].concat()).unwrap();
         let _ = Records::open(&file);
+    }
+
+    /// A changed file is refused, or gives rows that are as wide as its columns.
+    #[cfg(feature = "parquet")]
+    #[test]
+    fn changed_parquet_is_read_or_refused(
+        cut in any::<prop::sample::Index>(), keep in 0u8..4,
+        edits in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        static WHOLE: std::sync::LazyLock<Vec<u8>> = std::sync::LazyLock::new(|| {
+            let dir = tempfile::tempdir().unwrap();
+            write_parquet(&dir.path().join("a.parquet"));
+            std::fs::read(dir.path().join("a.parquet")).unwrap()
+        });
+        let mut bytes = WHOLE.clone();
+        for (at, byte) in edits {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if keep == 0 {
+            bytes.drain(..cut.index(bytes.len()));
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.parquet");
+        std::fs::write(&file, &bytes).unwrap();
+        if let Ok(records) = Records::open(&file) {
+            prop_assert!(records.rows().iter().all(|row| row.values.len() == records.columns().len()));
+        }
     }
 }

@@ -3,7 +3,9 @@ use crate::{Error, Result};
 use minijinja::value::{Kwargs, Serde, ValueKind};
 use minijinja::{Environment, ErrorKind, Value as Jinja};
 use serde::{Deserialize, Serialize};
+use serde_json::ser::{Formatter, Serializer};
 use serde_json::{Map, Value};
+use std::io::Write;
 use std::path::Path;
 
 /// One turn of a conversation.
@@ -58,17 +60,32 @@ impl Tokenizer {
             Error::file(&self.origin, format!("chat template{line}: {why}"))
         };
         let source = template_source(template);
-        let environment = environment();
-        let template = environment.template_from_str(&source).map_err(fail)?;
         let mut context = self.special_texts.clone();
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
         context.extend(variables);
         let messages = serde_json::to_value(messages)
             .map_err(|e| Error::Invalid(format!("the messages are not JSON: {e}")))?;
         context.insert("messages".into(), messages);
-        template.render(Jinja::from(Serde(&context))).map_err(fail)
+        let render = || {
+            let environment = environment();
+            let template = environment.template_from_str(&source)?;
+            template.render(Jinja::from(Serde(&context)))
+        };
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
+            let thread = thread.map_err(Error::io(&self.origin))?;
+            thread.join().expect("invariant: rendering does not panic").map_err(fail)
+        })
     }
 }
+
+/// Work that one rendering may do: some thousand turns of the longest templates in use.
+const FUEL: u64 = 1_000_000;
+
+/// Bytes of stack for one rendering (address space: what is not used is never touched). A template can nest a list in
+/// itself once for every instruction or so, and Jinja walks values by recursion: the fuel must run out first. Twice what
+/// the deepest nests needed that were tried.
+const STACK: usize = 512 << 20;
 
 /// The template of `chat_template.jinja`, or of `tokenizer_config.json`, where it
 /// is a string or a list of named ones.
@@ -98,8 +115,9 @@ fn template_source(template: &str) -> String {
     let mut out = String::with_capacity(template.len());
     let mut rest = template;
     while let Some(start) = rest.find("{%") {
-        let Some(end) = rest[start..].find("%}") else { break };
-        let tag = &rest[start..start + end];
+        // `{%}` opens a tag and does not close it.
+        let Some(end) = rest[start + 2..].find("%}") else { break };
+        let (tag, after) = rest[start..].split_at(end + 2);
         let word = tag[2..].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let other = match word {
             "generation" => tag.replace("generation", "if true"),
@@ -108,7 +126,7 @@ fn template_source(template: &str) -> String {
         };
         out.push_str(&rest[..start]);
         out.push_str(&other);
-        rest = &rest[start + end..];
+        rest = after;
     }
     out.push_str(rest);
     out
@@ -123,7 +141,7 @@ fn environment() -> Environment<'static> {
         .build()
         .expect("invariant: the default delimiters are valid");
     environment.set_syntax(syntax);
-    environment.set_fuel(Some(10_000_000));
+    environment.set_fuel(Some(FUEL));
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", |message: String| -> Result<String, _> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
@@ -140,48 +158,126 @@ fn environment() -> Environment<'static> {
             let message = "Object of type Undefined is not JSON serializable";
             return Err(minijinja::Error::new(ErrorKind::InvalidOperation, message));
         }
-        let value = serde_json::to_value(&value)
-            .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e.to_string()))?;
-        let mut out = String::new();
-        python_json(&value, indent, 0, &mut out);
-        Ok(Jinja::from_safe_string(out))
+        let text = python_json(&value, indent)
+            .map_err(|e| minijinja::Error::new(ErrorKind::InvalidOperation, e))?;
+        Ok(Jinja::from_safe_string(text))
     });
     environment
 }
 
+/// Bytes of JSON that one `tojson` gives at most. A template can hold a list in itself, doubled again and again: a few
+/// lines whose JSON would fill any memory.
+const MAX_JSON: usize = 16 << 20;
+
 /// `json.dumps(value, ensure_ascii=False, indent=indent)`.
-fn python_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut String) {
-    let line = |depth: usize, out: &mut String| {
-        if let Some(width) = indent {
-            out.push('\n');
-            out.push_str(&" ".repeat(width * depth));
+fn python_json(value: &impl Serialize, indent: Option<usize>) -> Result<String, String> {
+    if let Some(width) = indent.filter(|width| *width > 100) {
+        return Err(format!("an indent of {width} spaces; at most 100 are written"));
+    }
+    let mut out = Limited { bytes: Vec::new() };
+    let formatter = PythonFormatter { indent, depth: 0, filled: false };
+    value
+        .serialize(&mut Serializer::with_formatter(&mut out, formatter))
+        .map_err(|e| e.to_string())?;
+    Ok(String::from_utf8(out.bytes).expect("invariant: JSON is UTF-8"))
+}
+
+struct Limited {
+    bytes: Vec<u8>,
+}
+
+impl Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.bytes.len() + bytes.len() > MAX_JSON {
+            return Err(std::io::Error::other("more than 16 MiB of JSON"));
         }
-    };
-    let comma = if indent.is_some() { "," } else { ", " };
-    match value {
-        Value::Array(items) if !items.is_empty() => {
-            out.push('[');
-            for (i, item) in items.iter().enumerate() {
-                out.push_str(if i > 0 { comma } else { "" });
-                line(depth + 1, out);
-                python_json(item, indent, depth + 1, out);
-            }
-            line(depth, out);
-            out.push(']');
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A space behind commas and colons; with an indent, a line for every element.
+struct PythonFormatter {
+    indent: Option<usize>,
+    depth: usize,
+    /// The innermost list or object has an element.
+    filled: bool,
+}
+
+impl PythonFormatter {
+    fn open<W: ?Sized + Write>(&mut self, out: &mut W, bracket: &[u8]) -> std::io::Result<()> {
+        // As deep as JSON is read.
+        if self.depth == 128 {
+            return Err(std::io::Error::other("lists and objects nested more than 128 deep"));
         }
-        Value::Object(items) if !items.is_empty() => {
-            out.push('{');
-            for (i, (key, item)) in items.iter().enumerate() {
-                out.push_str(if i > 0 { comma } else { "" });
-                line(depth + 1, out);
-                out.push_str(&Value::String(key.clone()).to_string());
-                out.push_str(": ");
-                python_json(item, indent, depth + 1, out);
-            }
-            line(depth, out);
-            out.push('}');
+        self.depth += 1;
+        self.filled = false;
+        out.write_all(bracket)
+    }
+
+    fn close<W: ?Sized + Write>(&mut self, out: &mut W, bracket: &[u8]) -> std::io::Result<()> {
+        self.depth -= 1;
+        if std::mem::replace(&mut self.filled, true) {
+            self.line(out)?;
         }
-        other => out.push_str(&other.to_string()),
+        out.write_all(bracket)
+    }
+
+    fn next<W: ?Sized + Write>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
+        self.filled = true;
+        match (first, self.indent) {
+            (true, _) => {}
+            (false, None) => out.write_all(b", ")?,
+            (false, Some(_)) => out.write_all(b",")?,
+        }
+        self.line(out)
+    }
+
+    fn line<W: ?Sized + Write>(&self, out: &mut W) -> std::io::Result<()> {
+        let Some(width) = self.indent else { return Ok(()) };
+        write!(out, "\n{:1$}", "", width * self.depth)
+    }
+}
+
+impl Formatter for PythonFormatter {
+    fn begin_array<W: ?Sized + Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        self.open(out, b"[")
+    }
+
+    fn end_array<W: ?Sized + Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        self.close(out, b"]")
+    }
+
+    fn begin_array_value<W: ?Sized + Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        self.next(out, first)
+    }
+
+    fn begin_object<W: ?Sized + Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        self.open(out, b"{")
+    }
+
+    fn end_object<W: ?Sized + Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        self.close(out, b"}")
+    }
+
+    fn begin_object_key<W: ?Sized + Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        self.next(out, first)
+    }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        out.write_all(b": ")
     }
 }
 
@@ -265,17 +361,24 @@ mod tests {
     #[test]
     fn json_is_pythons() {
         let value = serde_json::json!({"b": [1, 2.5, null], "a": "é<", "e": {}});
-        let mut out = String::new();
-        python_json(&value, None, 0, &mut out);
-        assert_eq!(out, r#"{"b": [1, 2.5, null], "a": "é<", "e": {}}"#);
-        out.clear();
-        python_json(&serde_json::json!({"a": [1]}), Some(2), 0, &mut out);
-        assert_eq!(out, "{\n  \"a\": [\n    1\n  ]\n}");
+        assert_eq!(
+            python_json(&value, None).unwrap(),
+            r#"{"b": [1, 2.5, null], "a": "é<", "e": {}}"#
+        );
+        let indented = python_json(&serde_json::json!({"a": [1]}), Some(2)).unwrap();
+        assert_eq!(indented, "{\n  \"a\": [\n    1\n  ]\n}");
+        let value = serde_json::json!({"a": [], "b": [[1, {}], {"c": 2}], "d": {}});
+        let pretty = serde_json::to_string_pretty(&value).unwrap();
+        assert_eq!(python_json(&value, Some(2)).unwrap(), pretty);
+        assert!(python_json(&value, Some(usize::MAX)).is_err());
     }
 
     #[test]
     fn generation_marks_render_as_nothing() {
         let source = template_source("a{%- generation -%} b {% endgeneration %}c{% if x");
         assert_eq!(source, "a{%- if true -%} b {% endif %}c{% if x");
+        for odd in ["{%}", "{%", "{%%}", "{%}%}", "é{%é%}{%"] {
+            assert_eq!(template_source(odd), odd);
+        }
     }
 }

@@ -15,6 +15,7 @@ use crate::{Error, Result};
 use refit_store::Artifact;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The tokenizer of a model.
@@ -130,7 +131,7 @@ impl Tokenizer {
                 return Err(Error::file(origin, message));
             }
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&json)
+        let mut inner = parse(&json)
             .map_err(|e| Error::file(origin, format!("tokenizer.json does not parse: {e}")))?;
         // Some files carry the padding and truncation of a training run. Text is
         // never shortened here; callers cut at the model's context themselves.
@@ -276,8 +277,10 @@ impl Tokenizer {
     /// # Errors
     /// The first id that differs.
     pub fn check_same(&self, other: &Tokenizer) -> Result<()> {
-        let last = self.max_id.max(other.max_id);
-        let differs = (0..=last).find(|id| self.token(*id) != other.token(*id));
+        // Ids may lie far apart: only those that one of them has are compared.
+        let ids = |t: &Tokenizer| t.inner.get_vocab(true).into_values();
+        let ids: BTreeSet<u32> = ids(self).chain(ids(other)).collect();
+        let differs = ids.into_iter().find(|id| self.token(*id) != other.token(*id));
         let Some(id) = differs else { return Ok(()) };
         let name = |t: &Tokenizer| t.token(id).map_or("no token".into(), |t| format!("{t:?}"));
         let message = format!(
@@ -371,6 +374,17 @@ fn ids_of(value: Option<&Value>) -> Vec<u32> {
 }
 
 /// The unknown token that the model itself names.
+/// Parses a tokenizer. The library panics on some files whose JSON is broken inside a decoder: syntax is checked first, and
+/// what is left of its panics is an error.
+fn parse(json: &[u8]) -> std::result::Result<tokenizers::Tokenizer, String> {
+    serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| e.to_string())?;
+    let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json));
+    match parsed {
+        Ok(parsed) => parsed.map_err(|e| e.to_string()),
+        Err(_) => Err("its decoder cannot be read".to_owned()),
+    }
+}
+
 fn model_unk(inner: &tokenizers::Tokenizer) -> Option<u32> {
     use tokenizers::ModelWrapper as M;
     match inner.get_model() {
