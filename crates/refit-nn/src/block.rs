@@ -6,6 +6,7 @@ use burn::tensor::Tensor;
 use crate::operator::{Linear, Norm};
 use crate::ops::{self, Activation, AttentionSpec};
 use crate::run::Run;
+use crate::side::{self, Bottleneck, HeadAdapter};
 
 /// How query, key and value projections are stored.
 #[derive(Module, Debug)]
@@ -49,6 +50,10 @@ pub struct Attention {
     pub q_norm: Option<Norm>,
     /// Norm of every key head (Qwen3).
     pub k_norm: Option<Norm>,
+    /// Adapter that adds to the heads before the output projection.
+    pub side: Option<Bottleneck>,
+    /// Adapter of every head by itself.
+    pub head_adapter: Option<HeadAdapter>,
     /// Heads, scale and visibility; `causal` and `lengths` are set for each pass.
     #[module(skip)]
     pub spec: AttentionSpec,
@@ -63,8 +68,11 @@ pub struct Context {
     pub rope: Option<(Tensor<2>, Tensor<2>)>,
     /// True for left-to-right models.
     pub causal: bool,
-    /// Real tokens of each batch row; the rest is padding.
+    /// Real tokens of each batch row; the rest is padding. A prefix counts.
     pub lengths: Option<Vec<usize>>,
+    /// Keys and values of virtual tokens, as [`Prefix::keys_and_values`](crate::side::Prefix::keys_and_values) gives them. Not
+    /// for passes with a cache: there they are its first entries.
+    pub prefix: Option<Tensor<2>>,
 }
 
 impl Attention {
@@ -77,6 +85,7 @@ impl Attention {
         run: &mut Run,
     ) -> Tensor<3> {
         let (heads, kv_heads, dim) = (self.spec.heads, self.spec.kv_heads, self.spec.head_dim);
+        let side = self.side.is_some().then(|| x.clone());
         let (mut q, mut k, v) = match &self.projections {
             Projections::Separate(p) => {
                 (p.q.forward(x.clone(), run), p.k.forward(x.clone(), run), p.v.forward(x, run))
@@ -91,20 +100,32 @@ impl Attention {
         if let Some(norm) = &self.k_norm {
             k = per_head(norm, k, dim);
         }
+        let query = self.head_adapter.is_some().then(|| q.clone());
         if let Some((cos, sin)) = &context.rope {
             q = ops::rope(q, cos.clone(), sin.clone(), heads);
             k = ops::rope(k, cos.clone(), sin.clone(), kv_heads);
         }
         let (k, v) = match &mut run.cache {
             Some(cache) => cache.append(layer, k, v),
-            None => (k, v),
+            None => match &context.prefix {
+                Some(prefix) => {
+                    let [batch, _, width] = k.dims();
+                    let [pk, pv] = side::layer_of(prefix, layer, width, batch);
+                    (Tensor::cat(vec![pk, k], 1), Tensor::cat(vec![pv, v], 1))
+                }
+                None => (k, v),
+            },
         };
         let spec = AttentionSpec {
             causal: context.causal.then_some(context.start),
             lengths: context.lengths.clone(),
             ..self.spec.clone()
         };
-        let mixed = ops::attention(q, k, v, &spec);
+        let mut mixed = ops::attention(q, k, v, &spec);
+        if let (Some(adapter), Some(query)) = (&self.head_adapter, query) {
+            mixed = mixed + adapter.forward(query, self.spec.scale);
+        }
+        let mixed = side::join(&self.side, side, mixed, run);
         self.o.forward(mixed, run)
     }
 }
@@ -192,6 +213,14 @@ pub struct Mlp {
 }
 
 impl Ffn {
+    /// Site of the last linear.
+    pub fn down_site(&self) -> &str {
+        match self {
+            Self::Gated(mlp) => &mlp.down.site,
+            Self::Plain(mlp) => &mlp.down.site,
+        }
+    }
+
     /// `x [batch, seq, hidden]` to the same shape.
     pub fn forward(&self, x: Tensor<3>, run: &mut Run) -> Tensor<3> {
         match self {
@@ -245,6 +274,10 @@ pub struct Block {
     pub mixer_post_norm: Option<Norm>,
     /// Norm on the ffn's output ([`Wiring::Sandwich`]).
     pub ffn_post_norm: Option<Norm>,
+    /// Adapter that adds to the mixer's output.
+    pub mixer_side: Option<Bottleneck>,
+    /// Adapter that adds to the ffn's output.
+    pub ffn_side: Option<Bottleneck>,
     /// Residual wiring.
     #[module(skip)]
     pub wiring: Wiring,
@@ -262,29 +295,46 @@ impl Block {
         let x = run.tap(|| format!("layers.{layer}.resid.pre"), x);
         let y = match self.wiring {
             Wiring::PostNorm => {
-                let mixed = self.mixer.forward(x.clone(), context, layer, run);
+                let mixed = self.mix(x.clone(), context, layer, run);
                 let x = run.tap(
                     || format!("layers.{layer}.resid.mid"),
                     self.mixer_norm.forward(x + mixed),
                 );
-                self.ffn_norm.forward(x.clone() + self.ffn.forward(x, run))
+                self.ffn_norm.forward(x.clone() + self.feed(x, run))
             }
             Wiring::Parallel => {
-                let mixed =
-                    self.mixer.forward(self.mixer_norm.forward(x.clone()), context, layer, run);
-                let fed = self.ffn.forward(self.ffn_norm.forward(x.clone()), run);
+                let mixed = self.mix(self.mixer_norm.forward(x.clone()), context, layer, run);
+                let fed = self.feed(self.ffn_norm.forward(x.clone()), run);
                 x + mixed + fed
             }
             Wiring::PreNorm | Wiring::Sandwich => {
-                let mixed =
-                    self.mixer.forward(self.mixer_norm.forward(x.clone()), context, layer, run);
+                let mixed = self.mix(self.mixer_norm.forward(x.clone()), context, layer, run);
                 let mixed = after(&self.mixer_post_norm, mixed);
                 let x = run.tap(|| format!("layers.{layer}.resid.mid"), x + mixed);
-                let fed = self.ffn.forward(self.ffn_norm.forward(x.clone()), run);
+                let fed = self.feed(self.ffn_norm.forward(x.clone()), run);
                 x + after(&self.ffn_post_norm, fed)
             }
         };
         run.tap(|| format!("layers.{layer}.resid.post"), y)
+    }
+
+    /// The mixer and the adapter beside it.
+    fn mix(&self, x: Tensor<3>, context: &Context, layer: usize, run: &mut Run) -> Tensor<3> {
+        let side = self.mixer_side.is_some().then(|| x.clone());
+        let mixed = self.mixer.forward(x, context, layer, run);
+        side::join(&self.mixer_side, side, mixed, run)
+    }
+
+    /// The ffn and the adapter beside it.
+    fn feed(&self, x: Tensor<3>, run: &mut Run) -> Tensor<3> {
+        let side = self.ffn_side.is_some().then(|| x.clone());
+        let fed = self.ffn.forward(x, run);
+        side::join(&self.ffn_side, side, fed, run)
+    }
+
+    /// The adapters beside its parts.
+    pub fn sides(&self) -> impl Iterator<Item = &Bottleneck> {
+        [&self.mixer.side, &self.mixer_side, &self.ffn_side].into_iter().flatten()
     }
 
     /// Every linear of the block, in the order in which a pass reaches them.

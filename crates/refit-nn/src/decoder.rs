@@ -1,16 +1,18 @@
 //! Left-to-right language models: Llama, Mistral, Qwen 2 and 3, Gemma 2, Phi-3, GPT-2, GPT-NeoX, OPT.
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use refit_store::artifact::Artifact;
 
 use crate::block::{Block, Context};
+use crate::checkpoint;
 use crate::config::TransformerConfig;
 use crate::error::{Error, Result};
 use crate::load::Loader;
 use crate::operator::{Embedding, Linear, Norm};
 use crate::ops;
 use crate::run::Run;
+use crate::side::{self, Prefix};
 
 /// Everything of a decoder but its blocks: what block-wise work keeps in memory.
 #[derive(Module, Debug)]
@@ -23,6 +25,10 @@ pub struct Frame {
     pub norm: Norm,
     /// Output head; `None` when tied to the embedding.
     pub head: Option<Linear>,
+    /// Keys and values of virtual tokens before the text (prefix tuning).
+    pub prefix: Option<Prefix>,
+    /// Embeddings `[tokens, hidden]` of virtual tokens before the text (prompt tuning).
+    pub prompt: Option<Param<Tensor<2>>>,
     #[module(skip)]
     config: TransformerConfig,
 }
@@ -44,7 +50,7 @@ impl Frame {
         head: Option<Linear>,
         config: TransformerConfig,
     ) -> Self {
-        Self { embed, positions: None, norm, head, config }
+        Self { embed, positions: None, norm, head, prefix: None, prompt: None, config }
     }
 
     /// Loads the frame of a decoder.
@@ -57,6 +63,8 @@ impl Frame {
             positions: loader.positions()?,
             norm: loader.outer_norm()?,
             head: loader.head()?,
+            prefix: None,
+            prompt: None,
             config: loader.config().clone(),
         })
     }
@@ -64,6 +72,12 @@ impl Frame {
     /// The config of the decoder.
     pub fn config(&self) -> &TransformerConfig {
         &self.config
+    }
+
+    /// Virtual tokens that stand before every text; they take positions.
+    pub fn virtual_tokens(&self) -> usize {
+        let prefix = self.prefix.as_ref().map_or(0, Prefix::tokens);
+        prefix + self.prompt.as_ref().map_or(0, |prompt| prompt.val().dims()[0])
     }
 
     /// What the blocks of a pass over `seq` tokens from position `start` share.
@@ -79,7 +93,7 @@ impl Frame {
             };
             (table(f64::cos), table(f64::sin))
         });
-        Context { start, rope, causal: true, lengths: None }
+        Context { start, rope, causal: true, lengths: None, prefix: None }
     }
 
     /// Embeds `ids`, `batch` rows of `ids.len() / batch` tokens that start at position `start`: `[batch, seq, hidden]`.
@@ -97,7 +111,13 @@ impl Frame {
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab) {
             return Err(Error::Token { id, vocab });
         }
-        let mut x = self.embed.forward(ids, batch, seq);
+        self.place(self.embed.forward(ids, batch, seq), start)
+    }
+
+    /// Embeddings `[batch, seq, hidden]` with what depends on their place: the model's factor and learned positions from
+    /// `start` on.
+    fn place(&self, mut x: Tensor<3>, start: usize) -> Result<Tensor<3>> {
+        let seq = x.dims()[1];
         if let Some(scale) = self.config.embed_scale {
             // Gemma rounds the factor to the weights' precision; in f32 that is the factor itself.
             x = x * scale;
@@ -187,16 +207,54 @@ impl Decoder {
     /// # Errors
     /// Ids outside the vocabulary and inputs longer than the context.
     pub fn hidden(&self, ids: &[u32], batch: usize, run: &mut Run) -> Result<Tensor<3>> {
-        let start = run.cache.as_ref().map_or(0, |cache| cache.len());
         let seq = ids.len() / batch.max(1);
+        let fresh = run.cache.as_ref().is_none_or(|cache| cache.is_empty());
+        let virtual_tokens = self.frame.virtual_tokens();
+        let seen = match &run.cache {
+            Some(cache) if !fresh => cache.len(),
+            _ => virtual_tokens,
+        };
         let context = self.config().context;
-        if start + seq > context {
-            return Err(Error::Context { requested: start + seq, context });
+        if seen + seq > context {
+            return Err(Error::Context { requested: seen + seq, context });
         }
-        let mut x = self.frame.embed(ids, batch, start)?;
-        let context = self.frame.context(start, seq);
+        let prefix = match &self.frame.prefix {
+            Some(prefix) if fresh => Some(prefix.keys_and_values()),
+            _ => None,
+        };
+        let x = self.frame.embed(ids, batch, seen)?;
+        let prompt = self.frame.prompt.as_ref().filter(|_| fresh);
+        let (start, mut x) = match prompt {
+            Some(prompt) => {
+                let [tokens, width] = prompt.val().dims();
+                let prompt = self.frame.place(prompt.val().unsqueeze(), 0)?;
+                (0, Tensor::cat(vec![prompt.expand([batch, tokens, width]), x], 1))
+            }
+            None => (seen, x),
+        };
+        let mut context = self.frame.context(start, x.dims()[1]);
+        match (&mut run.cache, prefix) {
+            (Some(cache), Some(prefix)) => {
+                let width = self.config().kv_heads * self.config().head_dim;
+                for layer in 0..self.blocks.len() {
+                    let [keys, values] = side::layer_of(&prefix, layer, width, batch);
+                    cache.append(layer, keys, values);
+                }
+            }
+            (None, prefix) => context.prefix = prefix,
+            (Some(_), None) => {}
+        }
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, &context, index, run);
+            // A prefix trains through the context, which a checkpointed block takes as given.
+            x = match run.checkpoints() && context.prefix.is_none() {
+                true => checkpoint::block(block, x, &context, index),
+                false => block.forward(x, &context, index, run),
+            };
+        }
+        if prompt.is_some() {
+            // Virtual tokens have no logits: the caller gets one row per id that it gave.
+            let [batch, rows, width] = x.dims();
+            x = x.slice([0..batch, rows - seq..rows, 0..width]);
         }
         Ok(x)
     }

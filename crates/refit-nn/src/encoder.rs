@@ -5,6 +5,7 @@ use burn::tensor::{Device, Tensor};
 use refit_store::artifact::Artifact;
 
 use crate::block::{Block, Context};
+use crate::checkpoint;
 use crate::config::TransformerConfig;
 use crate::error::{Error, Result};
 use crate::load::Loader;
@@ -122,7 +123,13 @@ impl Encoder {
 
     /// What all blocks share when row `i` holds `lengths[i]` real tokens.
     pub fn context(&self, lengths: &[usize]) -> Context {
-        Context { start: 0, rope: None, causal: false, lengths: Some(lengths.to_vec()) }
+        Context {
+            start: 0,
+            rope: None,
+            causal: false,
+            lengths: Some(lengths.to_vec()),
+            prefix: None,
+        }
     }
 
     /// `sequences` of token ids (with special tokens) to `[batch, longest, hidden]`; rows past a sequence's length are padding.
@@ -165,7 +172,10 @@ impl Encoder {
         let mut x = self.embed_segments(&ids, types.as_deref(), sequences.len())?;
         let context = self.context(&lengths);
         for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, &context, index, run);
+            x = match run.checkpoints() {
+                true => checkpoint::block(block, x, &context, index),
+                false => block.forward(x, &context, index, run),
+            };
         }
         Ok(x)
     }

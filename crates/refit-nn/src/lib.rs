@@ -4,8 +4,10 @@
 //! [`operator::Operator`] at a named site. Decoding state ([`cache::Cache`]) and observation ([`run::Tap`]) belong to the caller.
 
 pub mod adapt;
+pub mod adapter;
 pub mod block;
 pub mod cache;
+pub mod checkpoint;
 pub mod config;
 pub mod decoder;
 pub mod device;
@@ -19,6 +21,7 @@ pub mod operator;
 pub mod ops;
 pub mod run;
 pub mod scratch;
+pub mod side;
 pub mod vision;
 
 use burn::tensor::Device;
@@ -32,10 +35,11 @@ pub use device::device;
 pub use encoder::{Encoder, Pooling};
 pub use error::{Error, Result};
 pub use named::{Parameter, Trainable};
-pub use run::{Run, Tap};
+pub use run::{Dropout, Run, Tap};
 
 /// A model that can be run.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // one at a time: the weights dwarf it
 pub enum Model {
     /// A language model.
     Decoder(Decoder),

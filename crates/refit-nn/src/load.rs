@@ -248,6 +248,8 @@ impl<'a> Loader<'a> {
             o: self.linear(at(n.o), c.hidden, q_width)?,
             q_norm: head_norm(n.q_norm)?,
             k_norm: head_norm(n.k_norm)?,
+            side: None,
+            head_adapter: None,
             spec: AttentionSpec {
                 heads: c.heads,
                 kv_heads: c.kv_heads,
@@ -284,6 +286,8 @@ impl<'a> Loader<'a> {
             ffn,
             mixer_post_norm: post(n.mixer_post_norm)?,
             ffn_post_norm: post(n.ffn_post_norm)?,
+            mixer_side: None,
+            ffn_side: None,
             wiring: c.wiring,
         })
     }

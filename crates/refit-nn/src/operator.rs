@@ -6,6 +6,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
+use crate::ops::ConvSpec;
 use crate::run::Run;
 use crate::{adapt, ops};
 
@@ -58,7 +59,7 @@ impl Linear {
         let x = run.tap(|| format!("{}:in", self.site), x);
         let bias = self.bias.as_ref().map(|b| b.val());
         let y = match &self.op {
-            Operator::Dense(dense) => adapt::forward(dense, x, bias),
+            Operator::Dense(dense) => adapt::forward(dense, x, bias, run),
             Operator::LowRank(pair) => {
                 ops::linear(ops::linear(x, pair.down.val(), None), pair.up.val(), bias)
             }
@@ -102,6 +103,40 @@ impl Embedding {
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.weight.val().dims()[0]
+    }
+}
+
+/// A convolution: kernel, bias, and how it moves. The weight may carry any training form of [`adapt`].
+#[derive(Module, Debug)]
+pub struct Conv2d {
+    /// Name of the site.
+    #[module(skip)]
+    pub site: String,
+    /// Kernel `[out, in / groups, k, k]`.
+    pub weight: Param<Tensor<4>>,
+    /// Bias `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Stride, padding and groups.
+    #[module(skip)]
+    pub spec: ConvSpec,
+}
+
+impl Conv2d {
+    /// A convolution from `weight [out, in / groups, k, k]`.
+    pub fn new(
+        site: impl Into<String>,
+        weight: Tensor<4>,
+        bias: Option<Tensor<1>>,
+        spec: ConvSpec,
+    ) -> Self {
+        let weight = Param::from_tensor(weight);
+        Self { site: site.into(), weight, bias: bias.map(Param::from_tensor), spec }
+    }
+
+    /// `x [batch, in, height, width]` to `[batch, out, height', width']`, by the effective weight.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let bias = self.bias.as_ref().map(|b| b.val());
+        ops::conv2d_with(x, self.weight.val(), bias, &self.spec)
     }
 }
 

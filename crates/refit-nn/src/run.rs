@@ -1,6 +1,7 @@
 //! What a caller may hand to a run: a cache and taps. Both are optional and cost nothing when unused.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
+use refit_data::Rng;
 
 use crate::cache::Cache;
 
@@ -26,6 +27,25 @@ pub struct Run<'a> {
     pub cache: Option<&'a mut Cache>,
     /// Activations to observe or replace.
     pub tap: Option<&'a mut dyn Tap>,
+    /// Dropout in adapters while they train.
+    pub dropout: Option<Dropout>,
+    /// Keep only the inputs of blocks for the backward pass and run each block again there ([`crate::checkpoint`]). Without
+    /// effect where there is a cache, a tap or dropout.
+    pub checkpoint: bool,
+}
+
+/// Dropout (Srivastava et al. 2014) at `rate`, drawn from its own stream: the same seed drops the same elements.
+#[derive(Debug, Clone)]
+pub struct Dropout {
+    rate: f32,
+    rng: Rng,
+}
+
+impl Dropout {
+    /// Drops a share `rate` of the elements; `None` when that is 0.
+    pub fn new(rate: f64, seed: u64) -> Option<Self> {
+        (rate > 0.0).then(|| Self { rate: rate as f32, rng: Rng::named(seed, "dropout") })
+    }
 }
 
 impl<'a> Run<'a> {
@@ -36,12 +56,22 @@ impl<'a> Run<'a> {
 
     /// A pass that reads and extends `cache`.
     pub fn cached(cache: &'a mut Cache) -> Self {
-        Self { cache: Some(cache), tap: None }
+        Self { cache: Some(cache), ..Self::default() }
     }
 
     /// A pass observed by `tap`.
     pub fn tapped(tap: &'a mut dyn Tap) -> Self {
-        Self { cache: None, tap: Some(tap) }
+        Self { tap: Some(tap), ..Self::default() }
+    }
+
+    /// A pass that trades time for memory in training: see [`Self::checkpoint`].
+    pub fn checkpointed() -> Self {
+        Self { checkpoint: true, ..Self::default() }
+    }
+
+    /// May blocks be checkpointed in this pass?
+    pub(crate) fn checkpoints(&self) -> bool {
+        self.checkpoint && self.cache.is_none() && self.tap.is_none() && self.dropout.is_none()
     }
 
     /// Shows `value` to the tap, if there is one. The name is built only then.
@@ -50,5 +80,16 @@ impl<'a> Run<'a> {
             Some(tap) => tap.visit(&name(), value),
             None => value,
         }
+    }
+
+    /// `x` with some elements dropped and the rest scaled up, when this pass has dropout.
+    pub fn drop(&mut self, x: Tensor<3>) -> Tensor<3> {
+        let Some(Dropout { rate, rng }) = &mut self.dropout else { return x };
+        let keep = 1.0 / (1.0 - *rate);
+        let mask: Vec<f32> = (0..x.shape().num_elements())
+            .map(|_| if (rng.uniform() as f32) < *rate { 0.0 } else { keep })
+            .collect();
+        let mask = Tensor::from_data(TensorData::new(mask, x.dims()), &x.device());
+        x * mask
     }
 }

@@ -121,15 +121,21 @@ pub fn embedding(table: Tensor<2>, ids: &[u32], batch: usize, seq: usize) -> Ten
     table.select(0, ids).reshape([batch, seq, width])
 }
 
-/// A loss on logits, see [`super::head_loss`]: the logits go to the host, their gradient comes back as the constant factor of
-/// a dot product that has the loss's value and its gradient.
+/// A loss on logits, see [`super::head_loss`].
 pub fn head_loss(x: Tensor<3>, weight: Tensor<2>, loss: &LogitLoss) -> Tensor<1> {
     let logits = linear(x, weight, None);
     let [batch, seq, vocab] = logits.dims();
+    logit_loss(logits.reshape([batch * seq, vocab]), loss)
+}
+
+/// A loss on logits, see [`super::logit_loss`]: the logits go to the host, their gradient comes back as the constant factor of a
+/// dot product that has the loss's value and its gradient.
+pub fn logit_loss(logits: Tensor<2>, loss: &LogitLoss) -> Tensor<1> {
+    let [rows, classes] = logits.dims();
     let device = logits.device();
     let mut values = super::to_vec(&logits);
-    let value = loss(0..batch * seq, &mut values);
-    let slope = Tensor::<3>::from_data(TensorData::new(values, [batch, seq, vocab]), &device);
+    let value = loss(0..rows, &mut values);
+    let slope = Tensor::<2>::from_data(TensorData::new(values, [rows, classes]), &device);
     let linear = (logits * slope).sum();
     let offset = linear.clone().detach() - value;
     linear - offset

@@ -15,12 +15,13 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 use burn_flex::{Flex, FlexTensor, Layout};
 
-use super::{Activation, AttentionSpec, Host, back, cpu};
+use super::{Activation, AttentionSpec, Host, back, cpu, sink};
 
 /// A CPU tensor that autodiff follows.
-type Tracked = FloatTensor<Autodiff<Flex>>;
+pub(crate) type Tracked = FloatTensor<Autodiff<Flex>>;
 /// Gradient of the output, and which inputs need one, to the inputs' gradients.
-type Pull<const N: usize> = dyn Fn(Host, [bool; N]) -> [Option<FlexTensor>; N] + Send + Sync;
+pub(super) type Pull<const N: usize> =
+    dyn Fn(Host, [bool; N]) -> [Option<FlexTensor>; N] + Send + Sync;
 
 /// The backward half of one recorded operation.
 #[derive(Clone)]
@@ -44,21 +45,24 @@ impl<const N: usize> Backward<Flex, N> for Fused {
         let results = (ops.state.0)(grad, needs);
         for (parent, result) in ops.parents.iter().zip(results) {
             if let (Some(parent), Some(result)) = (parent, result) {
-                grads.register::<Flex>(parent.id, result);
+                let result = Host(result);
+                if !sink::offer(sink::Leaf::of(parent.id), result.slice()) {
+                    grads.register::<Flex>(parent.id, result.0);
+                }
             }
         }
     }
 }
 
 /// The inputs of an operation, if at least one of them is an f32 CPU tensor under autodiff and none lives elsewhere.
-pub(super) fn tracked<const D: usize>(x: &Tensor<D>) -> Option<Tracked> {
+pub(crate) fn tracked<const D: usize>(x: &Tensor<D>) -> Option<Tracked> {
     let lifted = if x.is_autodiff() { x.clone() } else { Tensor::from_inner(x.clone()) };
     let x = lifted.try_into_primitive::<Autodiff<Flex>>().ok()?;
     (x.primitive().dtype() == DType::F32).then_some(x)
 }
 
 /// Runs one operation: `forward` gets the values of the inputs and which of them need a gradient.
-fn record<const N: usize, const D: usize>(
+pub(super) fn record<const N: usize, const D: usize>(
     inputs: [Tracked; N],
     forward: impl FnOnce([Host; N], [bool; N]) -> (FlexTensor, Box<Pull<N>>),
 ) -> Tensor<D> {
@@ -73,7 +77,7 @@ fn record<const N: usize, const D: usize>(
     Tensor::from_primitive::<Autodiff<Flex>>(output)
 }
 
-fn flex(values: Vec<f32>, shape: Shape) -> FlexTensor {
+pub(super) fn flex(values: Vec<f32>, shape: Shape) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape), DType::F32)
 }
 
@@ -327,6 +331,24 @@ pub(super) fn head_loss(
                     dx.as_deref().map(|d| flex(scaled(d), shape_x.clone())),
                     dw.as_deref().map(|d| flex(scaled(d), shape_w.clone())),
                 ]
+            }),
+        )
+    }))
+}
+
+/// A loss on logits, see [`super::logit_loss`]; its gradient is known as soon as its value is.
+pub(super) fn logit_loss(logits: &Tensor<2>, loss: &super::LogitLoss) -> Option<Tensor<1>> {
+    let rows = logits.dims()[0];
+    Some(record([tracked(logits)?], |[logits], _| {
+        let shape = logits.shape();
+        let mut slope = logits.into_vec();
+        let value = loss(0..rows, &mut slope);
+        (
+            flex(vec![value as f32], Shape::from([1])),
+            Box::new(move |g, _| {
+                let factor = g.slice()[0];
+                let scaled = slope.iter().map(|s| s * factor).collect();
+                [Some(flex(scaled, shape.clone()))]
             }),
         )
     }))

@@ -4,15 +4,22 @@
 //! autodiff ([`back`]), and the plain Burn composition everywhere else ([`compose`]). The tests compare the three.
 
 pub mod back;
+pub mod compand;
 pub mod compose;
+pub mod conv;
 pub mod cpu;
 mod grad;
 pub mod simd;
+pub mod sink;
 
 use std::ops::Range;
 
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 use burn_flex::{Flex, FlexTensor, Layout};
+
+pub use compand::{Curve, compand};
+pub use conv::{ConvSpec, conv2d, conv2d_with, global_avg_pool2d, max_pool2d};
+pub(crate) use grad::tracked;
 
 /// Elementwise nonlinearity, by its Hugging Face name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,6 +203,16 @@ pub fn head_loss(x: Tensor<3>, weight: Tensor<2>, loss: &LogitLoss) -> Tensor<1>
         return Tensor::from_data([value as f32], &x.device());
     }
     grad::head_loss(&x, &weight, loss).unwrap_or_else(|| compose::head_loss(x, weight, loss))
+}
+
+/// A loss on logits that exist already, `[rows, classes]`: classifiers, whose logits are few. Off the CPU, they are copied to the
+/// host.
+pub fn logit_loss(logits: Tensor<2>, loss: &LogitLoss) -> Tensor<1> {
+    if let Some(hl) = host(&logits) {
+        let value = loss(0..logits.dims()[0], &mut hl.slice().to_vec());
+        return Tensor::from_data([value as f32], &logits.device());
+    }
+    grad::logit_loss(&logits, loss).unwrap_or_else(|| compose::logit_loss(logits, loss))
 }
 
 /// A contiguous f32 view of a CPU tensor.

@@ -5,14 +5,12 @@
 //! the tensors, so Lite 0 to 4 need no config.
 
 use burn::module::{Module, Param};
-use burn::tensor::module::conv2d;
-use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor, TensorData};
 use refit_store::artifact::Artifact;
 
 use crate::error::{Error, Result};
 use crate::operator::Linear;
-use crate::ops::Activation;
+use crate::ops::{self, Activation, ConvSpec};
 use crate::run::Run;
 
 /// Stride of the first block of each stage; a stage begins where the output width changes.
@@ -126,25 +124,24 @@ impl Reader<'_> {
 impl ConvNorm {
     /// `[batch, in, h, w]` to `[batch, out, ceil(h / stride), ceil(w / stride)]`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let weight = self.weight.val();
         let [_, _, height, width] = x.dims();
-        let kernel = weight.dims()[2];
+        let kernel = self.weight.shape()[2];
         let pad = |size: usize| {
             let total =
                 ((size.div_ceil(self.stride) - 1) * self.stride + kernel).saturating_sub(size);
             (total / 2, total - total / 2)
         };
         let ((top, bottom), (left, right)) = (pad(height), pad(width));
-        let (x, padding) = if top == bottom && left == right {
-            (x, [top, left])
-        } else {
-            (x.pad((left, right, top, bottom), 0.0), [0, 0])
+        let spec = ConvSpec {
+            stride: self.stride,
+            padding: [top, bottom, left, right],
+            groups: self.groups,
         };
-        let options = ConvOptions::new([self.stride; 2], padding, [1, 1], self.groups);
-        let y = conv2d(x, weight, None, options);
-        let channels = self.scale.val().dims()[0];
-        y * self.scale.val().reshape([1, channels, 1, 1])
-            + self.shift.val().reshape([1, channels, 1, 1])
+        // The scale belongs to the rows of the weight: one small product instead of a pass over the image.
+        let scale = self.scale.val();
+        let channels = scale.dims()[0];
+        let weight = self.weight.val() * scale.reshape([channels, 1, 1, 1]);
+        ops::conv2d_with(x, weight, Some(self.shift.val()), &spec)
     }
 }
 
@@ -196,8 +193,8 @@ impl EfficientNetLite {
         })
     }
 
-    /// Images `[batch, 3, height, width]` to logits `[batch, classes]`.
-    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+    /// Images `[batch, 3, height, width]` to the mean of each channel after the last convolution, `[batch, width]`.
+    pub fn features(&self, images: Tensor<4>) -> Tensor<2> {
         let relu6 = |x| Activation::Relu6.apply(x);
         let mut x = relu6(self.stem.forward(images));
         for block in &self.blocks {
@@ -208,12 +205,11 @@ impl EfficientNetLite {
             let y = block.project.forward(relu6(block.depthwise.forward(expanded)));
             x = if y.dims() == x.dims() { x + y } else { y };
         }
-        let x = relu6(self.head.forward(x));
-        let [batch, channels, height, width] = x.dims();
-        let pooled =
-            x.reshape([batch, channels, height * width]).mean_dim(2).reshape([batch, 1, channels]);
-        let logits = self.classifier.forward(pooled, &mut Run::plain());
-        let classes = logits.dims()[2];
-        logits.reshape([batch, classes])
+        ops::global_avg_pool2d(relu6(self.head.forward(x)))
+    }
+
+    /// Images `[batch, 3, height, width]` to logits `[batch, classes]`.
+    pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        super::classify(&self.classifier, self.features(images), &mut Run::plain())
     }
 }

@@ -1,24 +1,36 @@
 //! Image classifiers.
 
+mod cnn;
 mod efficientnet;
+mod mlp;
 mod vit;
 
+use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use refit_store::artifact::Artifact;
 
-pub use efficientnet::EfficientNetLite;
+pub use cnn::{Cnn, Stage};
+pub use efficientnet::{Bottleneck, ConvNorm, EfficientNetLite};
+pub use mlp::Mlp;
 pub use vit::VisionTransformer;
 
 use crate::error::{Error, Result};
+use crate::operator::Linear;
 use crate::run::Run;
+use crate::scratch::{CnnShape, MlpShape};
 
 /// An image classifier.
-#[derive(Debug)]
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // one per run: the weights dwarf it
 pub enum Vision {
     /// EfficientNet-Lite 0 to 4.
     EfficientNetLite(EfficientNetLite),
     /// Vision Transformer.
     Vit(VisionTransformer),
+    /// Small convolutional network, trained by refit.
+    Cnn(Cnn),
+    /// Multilayer perceptron, trained by refit.
+    Mlp(Mlp),
 }
 
 impl Vision {
@@ -37,23 +49,69 @@ impl Vision {
                 Ok(Self::EfficientNetLite(EfficientNetLite::load(artifact, device)?))
             }
             "vit" => Ok(Self::Vit(VisionTransformer::load(artifact, device)?)),
+            "refit-cnn" => Ok(Self::Cnn(CnnShape::load(artifact, device)?)),
+            "refit-mlp" => Ok(Self::Mlp(MlpShape::load(artifact, device)?)),
             _ => {
-                let reason =
-                    "no forward pass yet; image models with one are efficientnet-lite and vit"
-                        .into();
+                let reason = "no forward pass yet; image models with one are efficientnet-lite, vit, refit-cnn and \
+                              refit-mlp"
+                    .into();
                 Err(Error::Unsupported { model_type, reason })
             }
         }
     }
 
-    /// Images `[batch, 3, height, width]`, normalized as the model expects, to logits `[batch, classes]`.
+    /// Images `[batch, channels, height, width]`, normalized as the model expects, to logits `[batch, classes]`.
     ///
     /// # Errors
-    /// An image size that the model was not made for.
+    /// An image size or a number of channels that the model was not made for.
     pub fn forward(&self, images: Tensor<4>, run: &mut Run) -> Result<Tensor<2>> {
         match self {
             Self::EfficientNetLite(model) => Ok(model.forward(images)),
             Self::Vit(model) => model.forward(images, run),
+            Self::Cnn(model) => model.forward(images, run),
+            Self::Mlp(model) => model.forward(images, run),
         }
     }
+
+    /// Images to what the classifier sees, `[batch, width]`: for linear probes.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn features(&self, images: Tensor<4>, run: &mut Run) -> Result<Tensor<2>> {
+        match self {
+            Self::EfficientNetLite(model) => Ok(model.features(images)),
+            Self::Vit(model) => model.pooled(images, run),
+            Self::Cnn(model) => model.features(images),
+            Self::Mlp(model) => model.features(images, run),
+        }
+    }
+
+    /// The linear that turns features into logits.
+    pub fn classifier(&self) -> &Linear {
+        match self {
+            Self::EfficientNetLite(model) => &model.classifier,
+            Self::Vit(model) => &model.classifier,
+            Self::Cnn(model) => &model.classifier,
+            Self::Mlp(model) => &model.classifier,
+        }
+    }
+}
+
+/// Features `[batch, width]` to logits `[batch, classes]`.
+fn classify(classifier: &Linear, features: Tensor<2>, run: &mut Run) -> Tensor<2> {
+    let [batch, width] = features.dims();
+    let logits = classifier.forward(features.reshape([batch, 1, width]), run);
+    let classes = logits.dims()[2];
+    logits.reshape([batch, classes])
+}
+
+/// Refuses images that a model was not made for.
+fn check(images: &Tensor<4>, channels: usize, size: usize) -> Result<()> {
+    let [_, found, height, width] = images.dims();
+    if [found, height, width] == [channels, size, size] {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "images are {height} x {width} with {found} channels, the model takes {size} x {size} with {channels}"
+    )))
 }

@@ -79,30 +79,18 @@ impl VisionTransformer {
     /// # Errors
     /// An image size that the positions were not made for.
     pub fn features(&self, images: Tensor<4>, run: &mut Run) -> Result<Tensor<3>> {
-        let [batch, channels, height, width] = images.dims();
-        if [height, width] != [self.image_size; 2] {
-            let message = format!(
-                "images are {height} x {width}, the model takes {0} x {0}",
-                self.image_size
-            );
-            return Err(Error::Invalid(message));
-        }
-        let [hidden, _, patch, _] = self.patches.val().dims();
-        let (rows, columns) = (height / patch, width / patch);
-        // A convolution whose stride is its kernel is a linear map of unfolded patches.
-        let unfolded = images
-            .reshape([batch, channels, rows, patch, columns, patch])
-            .permute([0, 2, 4, 1, 3, 5])
-            .reshape([batch, rows * columns, channels * patch * patch]);
-        let weight = self.patches.val().reshape([hidden, channels * patch * patch]);
-        let tokens = ops::linear(unfolded, weight, Some(self.patch_bias.val()));
-        let class = self.class_token.val().expand([batch, 1, hidden]);
-        let mut x = Tensor::cat(vec![class, tokens], 1) + self.positions.val();
-        let context = Context { start: 0, rope: None, causal: false, lengths: None };
-        for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, &context, index, run);
-        }
-        Ok(self.norm.forward(x))
+        Ok(self.norm.forward(self.stream(images, run)?))
+    }
+
+    /// Images to the class token after the last block's norm, `[batch, hidden]`: what the classifier sees.
+    ///
+    /// # Errors
+    /// As [`Self::features`].
+    pub fn pooled(&self, images: Tensor<4>, run: &mut Run) -> Result<Tensor<2>> {
+        let x = self.stream(images, run)?;
+        let [batch, _, hidden] = x.dims();
+        let class = x.slice([0..batch, 0..1, 0..hidden]);
+        Ok(self.norm.forward(class).reshape([batch, hidden]))
     }
 
     /// Images to logits `[batch, classes]`.
@@ -110,10 +98,28 @@ impl VisionTransformer {
     /// # Errors
     /// As [`Self::features`].
     pub fn forward(&self, images: Tensor<4>, run: &mut Run) -> Result<Tensor<2>> {
-        let x = self.features(images, run)?;
-        let [batch, _, hidden] = x.dims();
-        let logits = self.classifier.forward(x.slice([0..batch, 0..1, 0..hidden]), run);
-        let classes = logits.dims()[2];
-        Ok(logits.reshape([batch, classes]))
+        Ok(super::classify(&self.classifier, self.pooled(images, run)?, run))
+    }
+
+    /// The residual stream after the last block.
+    fn stream(&self, images: Tensor<4>, run: &mut Run) -> Result<Tensor<3>> {
+        let [hidden, channels, patch, _] = self.patches.shape().dims();
+        super::check(&images, channels, self.image_size)?;
+        let batch = images.dims()[0];
+        let side = self.image_size / patch;
+        // A convolution whose stride is its kernel is a linear map of unfolded patches.
+        let unfolded = images
+            .reshape([batch, channels, side, patch, side, patch])
+            .permute([0, 2, 4, 1, 3, 5])
+            .reshape([batch, side * side, channels * patch * patch]);
+        let weight = self.patches.val().reshape([hidden, channels * patch * patch]);
+        let tokens = ops::linear(unfolded, weight, Some(self.patch_bias.val()));
+        let class = self.class_token.val().expand([batch, 1, hidden]);
+        let mut x = Tensor::cat(vec![class, tokens], 1) + self.positions.val();
+        let context = Context { start: 0, rope: None, causal: false, lengths: None, prefix: None };
+        for (index, block) in self.blocks.iter().enumerate() {
+            x = block.forward(x, &context, index, run);
+        }
+        Ok(x)
     }
 }

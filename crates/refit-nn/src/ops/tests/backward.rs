@@ -175,6 +175,10 @@ fn head_loss_is_the_cross_entropy_of_all_logits() {
     };
     same_gradients!(1e-5, [x, w], super::super::head_loss(x.clone(), w.clone(), &loss), plain(),);
     same_gradients!(1e-5, [x, w], compose::head_loss(x.clone(), w.clone(), &loss), plain());
+    let logits = || compose::linear(x.clone(), w.clone(), None).reshape([18, 40]);
+    same_gradients!(1e-5, [x, w], logit_loss(logits(), &loss), plain());
+    same_gradients!(1e-5, [x, w], compose::logit_loss(logits(), &loss), plain());
+    close("logits", to_vec(&logit_loss(logits().inner(), &loss)), to_vec(&plain().inner()), 1e-5);
     let host = super::super::head_loss(x.clone().inner(), w.clone().inner(), &loss);
     close("value outside autodiff", to_vec(&host), to_vec(&plain().inner()), 1e-5);
 }
