@@ -63,7 +63,7 @@ impl Head for Frame {
 
 impl CausalLm for Decoder {
     fn context(&self) -> usize {
-        self.config().context
+        self.config().context.saturating_sub(self.frame.virtual_tokens())
     }
 
     fn hidden(&self, ids: &[u32]) -> Result<Tensor<3>> {

@@ -57,6 +57,17 @@ pub enum TrainError {
         /// Step, counted from 0.
         step: u64,
     },
+    /// A gradient that comes in parts while gradients are consumed one by one.
+    #[error(
+        "step {step}: the objective uses `{name}` more than once, so that its gradient comes in parts, which `per_layer` cannot \
+         project one by one; nothing was updated: train without `per_layer`"
+    )]
+    Parts {
+        /// Step, counted from 0.
+        step: u64,
+        /// The parameter.
+        name: String,
+    },
     /// A loss or gradient that is not a number.
     #[error("step {step}: {what} is {value}; nothing was updated{}", go_on(last_good))]
     NonFinite {

@@ -5,7 +5,7 @@
 //! | [`trainer`] | the loop: accumulate, clip, update, guard, checkpoint, resume |
 //! | [`loss`] | weighted terms; cross-entropy and distillation that never hold all logits |
 //! | [`scope`] | which parameters train, at which rate and decay, by pattern |
-//! | [`optimizer`] | SGD, AdamW, Adafactor, Lion, 8-bit states; state is keyed by tensor name |
+//! | [`optimizer`] | SGD, AdamW, Adafactor, Lion, GaLore, 8-bit states; state is keyed by tensor name |
 //! | [`schedule`] | learning rates as pure functions of the step |
 //! | [`order`] | the order of examples as a pure function of (seed, step) |
 //! | [`checkpoint`] | atomic files that hold everything a run needs to go on |
@@ -18,6 +18,8 @@ pub mod loss;
 mod metrics;
 pub mod optimizer;
 pub mod order;
+mod per_layer;
+mod recipe;
 pub mod schedule;
 pub mod scope;
 pub mod trainer;
@@ -27,6 +29,7 @@ pub use error::{Result, TrainError};
 pub use loss::Terms;
 pub use optimizer::{Optimizer, OptimizerConfig};
 pub use order::Order;
+pub use recipe::{PATIENCE, Recipe};
 pub use schedule::Schedule;
 pub use scope::{Rule, Scope};
-pub use trainer::{At, Hook, Objective, Recipe, RunOptions, StepReport, Trainer};
+pub use trainer::{At, Hook, Objective, RunOptions, StepReport, Trainer};

@@ -42,13 +42,14 @@ impl Rule {
             Some("bias") => name.ends_with(".bias") || name == "bias",
             Some("norm") => parameter.shape.len() == 1 && !name.ends_with("bias"),
             Some("matrix") => parameter.shape.len() > 1,
-            _ => glob(self.pattern.as_bytes(), name.as_bytes()),
+            _ => glob(&self.pattern, name),
         }
     }
 }
 
 /// Does `pattern` with `*` and `?` match the whole of `text`?
-fn glob(pattern: &[u8], text: &[u8]) -> bool {
+pub(super) fn glob(pattern: &str, text: &str) -> bool {
+    let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
     let (mut p, mut t) = (0, 0);
     // Where the last `*` stood, and how much of the text it has swallowed.
     let mut star = None;
@@ -132,7 +133,7 @@ impl Scope {
     }
 }
 
-fn nearest(pattern: &str, parameters: &[Parameter]) -> TrainError {
+pub(super) fn nearest(pattern: &str, parameters: &[Parameter]) -> TrainError {
     let bare = pattern.replace(['*', '?'], "");
     let mut scored: Vec<(f64, &str)> = parameters
         .iter()
@@ -180,7 +181,7 @@ mod tests {
             ("q", "layers.0.q", false),
             ("*a*b*", "xxaxxbxx", true),
         ] {
-            assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), fits, "{pattern} {text}");
+            assert_eq!(glob(pattern, text), fits, "{pattern} {text}");
         }
     }
 

@@ -1,98 +1,27 @@
 //! The loop.
 
+mod resume;
+
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use burn::module::ParamId;
-use burn::tensor::Tensor;
+use burn::tensor::{Gradients, Tensor};
+use refit_nn::ops::sink::with_sink;
 use refit_nn::{Parameter, Trainable};
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint::{self, Checkpoint, Position};
+use super::checkpoint;
 use super::error::{Result, TrainError};
 use super::loss::Terms;
 use super::metrics::Metrics;
 use super::optimizer::{Optimizer, OptimizerConfig, State, Update};
-use super::schedule::Schedule;
-use super::scope::{Group, Scope};
+use super::per_layer::{Low, Stream};
+use super::recipe::{PATIENCE, Recipe};
+use super::scope::{self, Group};
 use super::update;
 use crate::BoxError;
-
-/// Everything that decides a run's result besides model and data.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Recipe {
-    /// Updates to make.
-    pub steps: u64,
-    /// Micro-batches whose gradients are averaged into one update.
-    pub accumulate: usize,
-    /// Seed of everything random.
-    pub seed: u64,
-    /// Peak learning rate.
-    pub rate: f64,
-    /// Weight decay of matrices; vectors (norms, biases) are decayed only where the scope says so.
-    pub decay: f64,
-    /// The optimizer.
-    pub optimizer: OptimizerConfig,
-    /// Learning rate over the run.
-    pub schedule: Schedule,
-    /// Which parameters train.
-    pub scope: Scope,
-    /// Largest norm of all gradients together.
-    pub clip: Option<f64>,
-    /// Decay of the exponential moving average of the parameters, if one is kept.
-    pub average: Option<f64>,
-    /// A loss above `divergence` times the best smoothed loss for [`PATIENCE`] steps stops the run.
-    pub divergence: f64,
-}
-
-/// Steps that a loss may stay above the limit of divergence.
-pub const PATIENCE: u64 = 20;
-
-impl Recipe {
-    /// AdamW at `rate`, cosine schedule with 5 % warm-up, decay 0.01, clipping at 1.
-    pub fn new(steps: u64, rate: f64) -> Self {
-        Self {
-            steps,
-            accumulate: 1,
-            seed: 0,
-            rate,
-            decay: 0.01,
-            optimizer: OptimizerConfig::adamw(),
-            schedule: Schedule::cosine(steps / 20, 0.0),
-            scope: Scope::default(),
-            clip: Some(1.0),
-            average: None,
-            divergence: 3.0,
-        }
-    }
-
-    fn check(&self) -> Result<()> {
-        let fail = |setting, found: String, expected| {
-            Err(TrainError::Setting { setting, found, expected })
-        };
-        let positive = |x: f64| x > 0.0 && x.is_finite();
-        if self.steps == 0 || self.accumulate == 0 {
-            return fail("steps, accumulate", "0".into(), "at least 1");
-        }
-        if !(self.rate >= 0.0 && self.rate.is_finite()) {
-            return fail("rate", self.rate.to_string(), "a learning rate of at least 0");
-        }
-        if !(self.decay >= 0.0 && self.decay.is_finite()) {
-            return fail("decay", self.decay.to_string(), "a weight decay of at least 0");
-        }
-        if self.clip.is_some_and(|c| !positive(c)) {
-            return fail("clip", format!("{:?}", self.clip), "a norm above 0, or none");
-        }
-        if self.average.is_some_and(|a| !(0.0..1.0).contains(&a)) {
-            return fail("average", format!("{:?}", self.average), "at least 0 and below 1");
-        }
-        if self.divergence.is_nan() || self.divergence <= 1.0 {
-            return fail("divergence", self.divergence.to_string(), "a factor above 1");
-        }
-        self.schedule.check(self.steps)
-    }
-}
 
 /// Which micro-batch a loss is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,6 +104,7 @@ pub struct Trainer<M> {
     step: u64,
     guard: Guard,
     last_good: Option<PathBuf>,
+    gradient_bytes: usize,
 }
 
 /// Watches for losses that run away.
@@ -189,7 +119,7 @@ impl<M: Trainable> Trainer<M> {
     /// Prepares `model` for training: scope resolved, frozen parameters without gradient.
     ///
     /// # Errors
-    /// Settings that cannot work, patterns that match nothing, parameters that share a name.
+    /// Settings that cannot work, patterns that match nothing (a scope's, or GaLore's targets), parameters that share a name.
     pub fn new(model: M, recipe: Recipe) -> Result<Self> {
         recipe.check()?;
         let optimizer = recipe.optimizer.build()?;
@@ -203,7 +133,13 @@ impl<M: Trainable> Trainer<M> {
         let train = parameters.iter().zip(&resolved).map(|(p, g)| (p.id, g.train)).collect();
         let model = update::freeze(model, &train);
         let trained = parameters.iter().enumerate().zip(resolved).filter(|(_, g)| g.train);
-        let groups = trained.map(|((i, p), g)| (p.id, (i, g))).collect();
+        let groups: HashMap<_, _> = trained.map(|((i, p), g)| (p.id, (i, g))).collect();
+        if let OptimizerConfig::GaLore { targets, .. } = &recipe.optimizer {
+            let mut train = parameters.iter().filter(|p| groups.contains_key(&p.id));
+            if !train.any(|p| optimizer.projects(&p.name, &p.shape)) {
+                return Err(scope::nearest(&targets.join("` or `"), &parameters));
+            }
+        }
         Ok(Self {
             model: Some(model),
             recipe,
@@ -216,6 +152,7 @@ impl<M: Trainable> Trainer<M> {
             step: 0,
             guard: Guard { smooth: None, best: f64::INFINITY, above: 0 },
             last_good: None,
+            gradient_bytes: 0,
         })
     }
 
@@ -260,6 +197,11 @@ impl<M: Trainable> Trainer<M> {
         self.states.values().map(State::bytes).sum()
     }
 
+    /// The most bytes that gradients of parameters took at once in any step so far. What kernels hold inside is not counted.
+    pub fn gradient_bytes(&self) -> usize {
+        self.gradient_bytes
+    }
+
     /// Names of the parameters that train.
     pub fn trained(&self) -> impl Iterator<Item = &str> {
         let parameters = self.parameters.iter().filter(|p| self.groups.contains_key(&p.id));
@@ -274,7 +216,11 @@ impl<M: Trainable> Trainer<M> {
         let start = Instant::now();
         let step = self.step;
         let micro = self.recipe.accumulate;
+        if self.recipe.per_layer {
+            self.check_per_layer()?;
+        }
         let mut gradients = update::Host::new();
+        let mut low = HashMap::new();
         let mut terms: BTreeMap<String, f64> = BTreeMap::new();
         let (mut loss, mut items) = (0.0, 0);
         for i in 0..micro {
@@ -291,18 +237,57 @@ impl<M: Trainable> Trainer<M> {
             loss += scalar(&total) / micro as f64;
             items += found.items;
             drop(found);
-            let mut grads = if micro == 1 { total } else { total / micro as f64 }.backward();
-            update::collect(self.model(), &mut grads, &mut gradients);
+            let total = if micro == 1 { total } else { total / micro as f64 };
+            let (mut grads, peak);
+            (grads, low, peak) = self.backward(total);
+            let before =
+                update::bytes(&gradients) + low.values().map(|(l, _)| l.bytes()).sum::<usize>();
+            let new = update::collect(self.model(), &mut grads, &mut gradients);
+            self.gradient_bytes = self.gradient_bytes.max(peak).max(before + new);
         }
-        let norm = self.norm(&gradients)?;
+        let twice = self
+            .parameters
+            .iter()
+            .find(|p| low.contains_key(&p.id) && gradients.contains_key(&p.id));
+        if let Some(Parameter { name, .. }) = twice {
+            return Err(TrainError::Parts { step, name: name.clone() });
+        }
+        let norm = self.norm(&gradients, &low)?;
         let clip = self.recipe.clip.map_or(1.0, |limit| (limit / norm).min(1.0)) as f32;
         let rate = self.recipe.rate * self.recipe.schedule.factor(step, self.recipe.steps);
-        self.apply(gradients, clip, rate);
+        self.apply(gradients, low, clip, rate);
         self.average();
         self.step += 1;
         self.watch(loss)?;
         let seconds = start.elapsed().as_secs_f64();
         Ok(StepReport { step, loss, terms, grad_norm: norm, rate, items, seconds })
+    }
+
+    /// The backward pass of `loss`: what autodiff keeps, what was projected on the way, the most bytes of gradients at once
+    /// (0 where nobody counted).
+    fn backward(&self, loss: Tensor<1>) -> (Gradients, HashMap<ParamId, Low>, usize) {
+        if !self.recipe.per_layer {
+            return (loss.backward(), HashMap::new(), 0);
+        }
+        let trained = self.parameters.iter().filter(|p| self.groups.contains_key(&p.id));
+        let mut stream = Stream::new(self.model(), trained, self.optimizer.as_ref(), &self.states);
+        let grads = with_sink(&mut stream, || loss.backward());
+        (grads, stream.found, stream.peak)
+    }
+
+    /// What `per_layer` cannot go with, beyond what the recipe alone shows.
+    fn check_per_layer(&self) -> Result<()> {
+        let fail = |expected| {
+            Err(TrainError::Setting { setting: "per_layer", found: "true".into(), expected })
+        };
+        if !self.hooks.is_empty() {
+            return fail("false with hooks, which see whole gradients");
+        }
+        let mut trained = self.parameters.iter().filter(|p| self.groups.contains_key(&p.id));
+        if !trained.any(|p| self.optimizer.projects(&p.name, &p.shape)) {
+            return fail("false unless the optimizer projects gradients, as galore does");
+        }
+        Ok(())
     }
 
     fn finite(&self, what: &str, value: f64) -> Result<()> {
@@ -314,11 +299,13 @@ impl<M: Trainable> Trainer<M> {
     }
 
     /// Norm of all gradients, in the order of the parameters.
-    fn norm(&self, gradients: &update::Host) -> Result<f64> {
+    fn norm(&self, gradients: &update::Host, low: &HashMap<ParamId, Low>) -> Result<f64> {
         let mut total = 0.0;
         for parameter in &self.parameters {
-            if let Some(grad) = gradients.get(&parameter.id) {
-                let part = update::squares(grad);
+            let whole = gradients.get(&parameter.id).map(|grad| update::squares(grad));
+            if let Some(part) =
+                whole.or_else(|| low.get(&parameter.id).map(|(_, squares)| *squares))
+            {
                 self.finite(&format!("the gradient of `{}`", parameter.name), part.sqrt())?;
                 total += part;
             }
@@ -326,38 +313,34 @@ impl<M: Trainable> Trainer<M> {
         Ok(total.sqrt())
     }
 
-    fn apply(&mut self, mut gradients: update::Host, clip: f32, rate: f64) {
+    fn apply(
+        &mut self,
+        mut gradients: update::Host,
+        mut low: HashMap<ParamId, Low>,
+        clip: f32,
+        rate: f64,
+    ) {
         let model = self.model.take().expect("invariant: the model is put back below");
         let (groups, parameters, states) = (&self.groups, &self.parameters, &mut self.states);
         let (optimizer, hooks, decay) = (&self.optimizer, &mut self.hooks, self.recipe.decay);
         // One tensor at a time: its gradient is freed before the next one is touched.
-        let mut run = |id: ParamId, shape: &[usize], value: &mut Vec<f32>, mut grad: Vec<f32>| {
+        let edit = &mut |id: ParamId, shape: &[usize], value: &mut Vec<f32>| {
             let (index, group) = &groups[&id];
             let name = &parameters[*index].name;
-            if clip < 1.0 {
-                grad.iter_mut().for_each(|g| *g *= clip);
-            }
-            hooks.iter_mut().for_each(|h| h.before(name, shape, value, &mut grad));
-            let own = if shape.len() > 1 { decay } else { 0.0 };
-            let update = Update {
-                value,
-                grad: &grad,
-                shape,
-                rate: (rate * group.rate) as f32,
-                decay: group.decay.unwrap_or(own) as f32,
-            };
-            optimizer.update(update, states.entry(id).or_default());
-            hooks.iter_mut().for_each(|h| h.after(name, shape, value));
-        };
-        self.model = Some(update::change(
-            model,
-            &mut |id, shape, value| {
-                if let Some(grad) = gradients.remove(&id) {
-                    run(id, shape, value, grad);
+            if let Some((projected, _)) = low.remove(&id) {
+                let update = turn(name, group, (rate, decay), shape, value, &[]);
+                optimizer.update_projected(update, projected, states.entry(id).or_default());
+            } else if let Some(mut grad) = gradients.remove(&id) {
+                if clip < 1.0 {
+                    grad.iter_mut().for_each(|g| *g *= clip);
                 }
-            },
-            &|id| groups.contains_key(&id),
-        ));
+                hooks.iter_mut().for_each(|h| h.before(name, shape, value, &mut grad));
+                let update = turn(name, group, (rate, decay), shape, value, &grad);
+                optimizer.update(update, states.entry(id).or_default());
+                hooks.iter_mut().for_each(|h| h.after(name, shape, value));
+            }
+        };
+        self.model = Some(update::change(model, edit, &|id| groups.contains_key(&id)));
     }
 
     fn average(&mut self) {
@@ -440,105 +423,26 @@ impl<M: Trainable> Trainer<M> {
         }
         Ok(last)
     }
-
-    /// Everything that is needed to go on from here.
-    pub fn checkpoint(&self, identity: &str) -> Checkpoint {
-        let name = |id: &ParamId| {
-            self.groups.get(id).map(|(index, _)| self.parameters[*index].name.clone())
-        };
-        let mut parameters = BTreeMap::new();
-        update::read(self.model(), |id, shape, values| {
-            if let Some(name) = name(&id) {
-                parameters.insert(name, (shape.to_vec(), values()));
-            }
-        });
-        let named = |id: &ParamId| name(id).expect("invariant: only trained parameters have state");
-        Checkpoint {
-            position: Position {
-                step: self.step,
-                recipe: recipe_json(&self.recipe),
-                identity: identity.to_owned(),
-                updates: self.states.iter().map(|(id, s)| (named(id), s.step)).collect(),
-                guard: (self.guard.smooth, self.guard.best, self.guard.above),
-            },
-            parameters,
-            states: self.states.iter().map(|(id, s)| (named(id), s.clone())).collect(),
-            averages: self.averages.iter().map(|(id, a)| (named(id), a.clone())).collect(),
-        }
-    }
-
-    /// Goes on from the checkpoint in `path`.
-    ///
-    /// # Errors
-    /// Files of another recipe (the settings that differ are named), other data, or another model.
-    pub fn restore(&mut self, path: &Path, identity: &str) -> Result<()> {
-        let found = Checkpoint::read(path)?;
-        let bad = |problem: String| Err(TrainError::Checkpoint { path: path.into(), problem });
-        let (theirs, ours) = (&found.position.recipe, recipe_json(&self.recipe));
-        if let (Some(theirs), Some(ours)) = (theirs.as_object(), ours.as_object()) {
-            let changed: Vec<String> = ours
-                .iter()
-                .filter(|(key, value)| theirs.get(*key) != Some(value))
-                .map(|(key, v)| {
-                    format!(
-                        "`{key}` was {}, is {v}",
-                        theirs.get(key).unwrap_or(&serde_json::Value::Null)
-                    )
-                })
-                .collect();
-            if !changed.is_empty() {
-                return bad(format!(
-                    "the recipe changed ({}); resume with the old settings or start in another directory",
-                    changed.join("; ")
-                ));
-            }
-        }
-        if found.position.identity != identity {
-            return bad(
-                "the run had other data or another base model; start in another directory".into()
-            );
-        }
-        let mut ids = HashMap::new();
-        for (id, (index, _)) in &self.groups {
-            let parameter = &self.parameters[*index];
-            match found.parameters.get(&parameter.name) {
-                Some((shape, _)) if *shape == parameter.shape => {
-                    ids.insert(parameter.name.clone(), *id);
-                }
-                Some((shape, _)) => {
-                    return bad(format!(
-                        "`{}` has shape {shape:?}, the model {:?}",
-                        parameter.name, parameter.shape
-                    ));
-                }
-                None => return bad(format!("it lacks `{}`, which trains", parameter.name)),
-            }
-        }
-        if let Some(extra) = found.parameters.keys().find(|name| !ids.contains_key(*name)) {
-            return bad(format!("it holds `{extra}`, which does not train in this model"));
-        }
-        let Checkpoint { position, parameters, states, averages } = found;
-        let by_id: HashMap<ParamId, Vec<f32>> =
-            parameters.into_iter().map(|(name, (_, values))| (ids[&name], values)).collect();
-        let model = self.model.take().expect("invariant: put back below");
-        self.model = Some(update::change(
-            model,
-            &mut |id, _, value| value.copy_from_slice(&by_id[&id]),
-            &|id| by_id.contains_key(&id),
-        ));
-        let keyed = |name: &String| ids.get(name).copied();
-        self.states = states.into_iter().filter_map(|(n, s)| Some((keyed(&n)?, s))).collect();
-        self.averages = averages.into_iter().filter_map(|(n, a)| Some((keyed(&n)?, a))).collect();
-        let (smooth, best, above) = position.guard;
-        self.guard = Guard { smooth, best, above };
-        self.step = position.step;
-        self.last_good = Some(path.to_owned());
-        Ok(())
-    }
 }
 
-fn recipe_json(recipe: &Recipe) -> serde_json::Value {
-    serde_json::to_value(recipe).expect("invariant: a recipe is plain data")
+/// One tensor's turn at the step's `(rate, decay)`.
+fn turn<'a>(
+    name: &'a str,
+    group: &Group,
+    (rate, decay): (f64, f64),
+    shape: &'a [usize],
+    value: &'a mut [f32],
+    grad: &'a [f32],
+) -> Update<'a> {
+    let own = if shape.len() > 1 { decay } else { 0.0 };
+    Update {
+        name,
+        value,
+        grad,
+        shape,
+        rate: (rate * group.rate) as f32,
+        decay: group.decay.unwrap_or(own) as f32,
+    }
 }
 
 fn scalar(x: &Tensor<1>) -> f64 {

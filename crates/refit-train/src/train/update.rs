@@ -15,12 +15,13 @@ fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     data.try_into_vec().expect("invariant: converted to f32")
 }
 
-struct Collect<'a>(&'a mut Gradients, &'a mut Host);
+struct Collect<'a>(&'a mut Gradients, &'a mut Host, usize);
 
 impl ModuleVisitor for Collect<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(grad) = param.base().grad_remove(self.0) else { return };
         let grad = values(grad);
+        self.2 += size_of_val(grad.as_slice());
         match self.1.get_mut(&param.id) {
             Some(sum) => {
                 sum.par_chunks_mut(1 << 15)
@@ -34,9 +35,16 @@ impl ModuleVisitor for Collect<'_> {
     }
 }
 
-/// Adds the gradients of a backward pass to `sums`.
-pub(super) fn collect<M: Module>(model: &M, grads: &mut Gradients, sums: &mut Host) {
-    model.visit(&mut Collect(grads, sums));
+/// Adds the gradients of a backward pass to `sums`; returns their bytes.
+pub(super) fn collect<M: Module>(model: &M, grads: &mut Gradients, sums: &mut Host) -> usize {
+    let mut collect = Collect(grads, sums, 0);
+    model.visit(&mut collect);
+    collect.2
+}
+
+/// Bytes of gradients on the host.
+pub(super) fn bytes(gradients: &Host) -> usize {
+    gradients.values().map(|g| size_of_val(g.as_slice())).sum()
 }
 
 struct Read<F>(F);

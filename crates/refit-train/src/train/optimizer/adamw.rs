@@ -14,6 +14,8 @@ pub(super) struct AdamW {
     pub betas: (f32, f32),
     pub eps: f32,
     pub eight_bit: bool,
+    /// `ε` is added to `√v` before the bias correction, as in older Transformers and in GaLore's reference code.
+    pub early_eps: bool,
 }
 
 /// The numbers of one step.
@@ -43,13 +45,25 @@ impl Step {
 impl Optimizer for AdamW {
     fn update(&self, u: Update, state: &mut State) {
         state.step += 1;
+        self.update_at(state.step, u, state);
+    }
+}
+
+impl AdamW {
+    /// Update number `age` (counted from 1) of the moments in `state`.
+    pub(super) fn update_at(&self, age: u64, u: Update, state: &mut State) {
         let n = u.value.len();
-        let power = |beta: f32| 1.0 - f64::from(beta).powf(state.step as f64);
+        let power = |beta: f32| 1.0 - f64::from(beta).powf(age as f64);
+        let (first, second) = (power(self.betas.0), power(self.betas.1).sqrt());
+        let (rate, root) = match self.early_eps {
+            true => (f64::from(u.rate) * second / first, 1.0),
+            false => (f64::from(u.rate) / first, 1.0 / second),
+        };
         let step = Step {
             betas: self.betas,
             eps: self.eps,
-            rate: (f64::from(u.rate) / power(self.betas.0)) as f32,
-            root: (1.0 / power(self.betas.1).sqrt()) as f32,
+            rate: rate as f32,
+            root: root as f32,
             keep: 1.0 - u.rate * u.decay,
         };
         if self.eight_bit && n >= SMALL {
@@ -63,6 +77,49 @@ impl Optimizer for AdamW {
             .for_each(|((w, g), (m, v))| step.run(w, g, m, v));
         state.put("m", m);
         state.put("v", v);
+    }
+
+    /// Both moments of `n` elements in f32; `None` before the first update.
+    pub(super) fn moments(&self, n: usize, state: &State) -> Option<(Vec<f32>, Vec<f32>)> {
+        if !(self.eight_bit && n >= SMALL) {
+            let floats = |name: &str| match state.slots.get(name) {
+                Some(Slot::F32(values)) if values.len() == n => Some(values.clone()),
+                _ => None,
+            };
+            return Some((floats("m")?, floats("v")?));
+        }
+        let decoded = |book: &Codes, codes: &str, scales: &str| match (
+            state.slots.get(codes),
+            state.slots.get(scales),
+        ) {
+            (Some(Slot::U8(codes)), Some(Slot::F32(scales))) if codes.len() == n => {
+                let mut out = vec![0.0; n];
+                let blocks = out.chunks_mut(BLOCK).zip(codes.chunks(BLOCK)).zip(scales);
+                blocks.for_each(|((out, codes), scale)| book.decode(codes, *scale, out));
+                Some(out)
+            }
+            _ => None,
+        };
+        let m = decoded(Codes::signed(), "m.codes", "m.scale")?;
+        Some((m, decoded(Codes::unsigned(), "v.codes", "v.scale")?))
+    }
+
+    /// Puts both moments in place.
+    pub(super) fn set_moments(&self, m: Vec<f32>, v: Vec<f32>, state: &mut State) {
+        if !(self.eight_bit && m.len() >= SMALL) {
+            state.put("m", m);
+            state.put("v", v);
+            return;
+        }
+        let mut encode = |book: &Codes, values: &[f32], codes: &str, scales: &str| {
+            let mut coded = vec![0; values.len()];
+            let blocks = coded.chunks_mut(BLOCK).zip(values.chunks(BLOCK));
+            let scale = blocks.map(|(codes, values)| book.encode(values, codes)).collect();
+            state.slots.insert(codes.to_owned(), Slot::U8(coded));
+            state.put(scales, scale);
+        };
+        encode(Codes::signed(), &m, "m.codes", "m.scale");
+        encode(Codes::unsigned(), &v, "v.codes", "v.scale");
     }
 }
 

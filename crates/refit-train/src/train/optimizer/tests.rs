@@ -10,8 +10,8 @@ fn run(config: &OptimizerConfig, steps: usize, rate: f32, shape: &[usize]) -> (V
     for step in 0..steps {
         let grad: Vec<f32> = value.iter().zip(&goal).map(|(w, g)| w - g).collect();
         let rate = rate * (1.0 - step as f32 / steps as f32);
-        optimizer
-            .update(Update { value: &mut value, grad: &grad, shape, rate, decay: 0.0 }, &mut state);
+        let update = Update { name: "w", value: &mut value, grad: &grad, shape, rate, decay: 0.0 };
+        optimizer.update(update, &mut state);
     }
     let error: f32 = value.iter().zip(&goal).map(|(w, g)| (w - g).powi(2)).sum::<f32>() / n as f32;
     assert!(error < 1e-3, "{config:?}: mean squared error {error}");
@@ -38,8 +38,14 @@ fn all_of_them_find_the_minimum_of_a_quadratic() {
 fn one_step_of_adamw_by_hand() {
     let optimizer = OptimizerConfig::adamw().build().unwrap();
     let (mut value, mut state) = ([1.0, -2.0], State::default());
-    let update =
-        Update { value: &mut value, grad: &[0.5, -3.0], shape: &[2], rate: 0.1, decay: 0.01 };
+    let update = Update {
+        name: "w",
+        value: &mut value,
+        grad: &[0.5, -3.0],
+        shape: &[2],
+        rate: 0.1,
+        decay: 0.01,
+    };
     optimizer.update(update, &mut state);
     // After one step m̂ / √v̂ is the gradient's sign.
     assert!((value[0] - (1.0 - 0.1 * (1.0 + 0.01))).abs() < 1e-6, "{value:?}");
