@@ -13,7 +13,7 @@ use refit_store::{Card, DType, Lineage, SideFile, TensorSpec, WritePlan};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::inputs::{Inputs, ModelInput};
+use crate::inputs::{AdapterInput, Inputs, ModelInput};
 use crate::method::{Context, Plan};
 use crate::rewrite::transpose;
 
@@ -64,7 +64,15 @@ impl Emitter {
             .iter()
             .map(|model| Ok(model.artifact.fingerprint()?))
             .collect::<Result<Vec<String>>>()?;
+        let adapters = inputs
+            .adapters
+            .iter()
+            .map(|input| Ok(input.adapter.content_hash()?))
+            .collect::<Result<Vec<String>>>()?;
+        let data: Vec<String> = inputs.data.iter().map(|data| data.sha256()).collect();
         let identity = json!({
+            "adapters": adapters,
+            "data": data,
             "refit": env!("CARGO_PKG_VERSION"),
             "method": plan.method,
             "parameters": plan.parameters,
@@ -78,6 +86,7 @@ impl Emitter {
             side_files: inputs.models[0].artifact.side_files().to_vec(),
             identity: refit_store::hash::hex(identity.to_string().as_bytes()),
             force: cx.force,
+            weights_name: None,
         };
         Ok(Self { writer: ArtifactWriter::create(out, write)?, fingerprints })
     }
@@ -141,7 +150,8 @@ impl Emitter {
             writer.add_side_file(file);
         }
         writer.finish_with(|| {
-            let parents = parents(&inputs.models, &fingerprints)?;
+            let mut parents = parents(&inputs.models, &fingerprints)?;
+            parents.extend(adapter_parents(&inputs.adapters)?);
             describe(parents, inputs, plan, cx, report)
         })
     }
@@ -175,6 +185,43 @@ fn parents(models: &[ModelInput], fingerprints: &[String]) -> Result<Vec<Parent>
     models.par_iter().zip(fingerprints).map(parent).collect()
 }
 
+/// The adapters as the manifest names them.
+fn adapter_parents(adapters: &[AdapterInput]) -> Result<Vec<Parent>> {
+    let parent = |AdapterInput { source, adapter }: &AdapterInput| {
+        let manifest = Lineage::read(adapter.path())?;
+        Ok(Parent {
+            source: source.clone(),
+            name: name_of(source),
+            content: adapter.content_hash()?,
+            manifest: manifest.map(|manifest| manifest.manifest_hash()),
+            part: Some("adapter".into()),
+        })
+    };
+    adapters.iter().map(parent).collect()
+}
+
+/// Manifest and card of an adapter that was trained on a model.
+///
+/// # Errors
+/// A model that cannot be read any more.
+pub fn describe_adapter(
+    inputs: &Inputs,
+    plan: &Plan,
+    cx: &Context,
+    report: &Value,
+) -> Result<(Lineage, Card)> {
+    let fingerprints = inputs
+        .models
+        .iter()
+        .map(|model| Ok(model.artifact.fingerprint()?))
+        .collect::<Result<Vec<String>>>()?;
+    let parents = parents(&inputs.models, &fingerprints)?;
+    let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
+    card.relation = Some(Relation::Adapter);
+    card.library = "peft".into();
+    Ok((lineage, card))
+}
+
 /// Manifest and card of an output.
 fn describe(
     parents: Vec<Parent>,
@@ -186,16 +233,24 @@ fn describe(
     let mut lineage = Lineage::new(plan.method.clone(), plan.parameters.clone());
     lineage.parents = parents;
     lineage.seeds = vec![cx.seed];
+    let purpose = if inputs.data.is_empty() { "calibration" } else { "evaluation" };
     lineage.data = inputs
         .text
         .iter()
         .map(|text| DataUse {
             name: name_of(&text.source),
             sha256: refit_store::hash::hex(text.text.as_bytes()),
-            purpose: "calibration".into(),
+            purpose: purpose.into(),
             size: Some(format!("{} bytes of text", text.text.len())),
             license: None,
         })
+        .chain(inputs.data.iter().map(|data| DataUse {
+            name: name_of(&data.source()),
+            sha256: data.sha256(),
+            purpose: "training".into(),
+            size: Some(data.size()),
+            license: None,
+        }))
         .collect();
     lineage.command = Some(command(inputs, plan, cx));
     let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -204,6 +259,7 @@ fn describe(
         crate::method::Family::Quantize => Relation::Quantized,
         crate::method::Family::Prune => Relation::Pruned,
         crate::method::Family::Merge => Relation::Merge,
+        crate::method::Family::Adapt => Relation::Finetune,
     });
     let elements = |shape: &[usize]| shape.iter().map(|n| *n as u64).product();
     let census = plan.tensors.iter().map(|t| (t.dtype.clone(), elements(&t.shape)));
@@ -228,12 +284,21 @@ fn licence(model: &ModelInput) -> (String, Fact<String>) {
 fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
     let mut words = vec!["refit".to_owned(), "apply".to_owned(), plan.method.clone()];
     words.extend(inputs.models.iter().map(|model| model.source.clone()));
+    words.extend(inputs.adapters.iter().map(|adapter| adapter.source.clone()));
+    for data in &inputs.data {
+        words.extend(["--data".to_owned(), data.source()]);
+    }
     for (key, value) in plan.parameters.as_object().into_iter().flatten() {
         let flag = format!("--{}", key.replace('_', "-"));
         match value {
             Value::Null | Value::Bool(false) => {}
             Value::Bool(true) => words.push(flag),
             Value::String(text) => words.extend([flag, text.clone()]),
+            Value::Array(list) if list.is_empty() => {}
+            Value::Array(list) => {
+                let word = |item: &Value| item.as_str().map_or(item.to_string(), str::to_owned);
+                words.extend([flag, list.iter().map(word).collect::<Vec<_>>().join(",")]);
+            }
             other => words.extend([flag, other.to_string()]),
         }
     }
@@ -255,10 +320,18 @@ fn quoted(word: &str) -> String {
 
 /// One line per number of a report that a reader of the card would ask for.
 fn checks(report: &Value) -> Vec<String> {
-    ["bits_per_weight", "packed_bytes", "sparsity", "ingredients"]
-        .iter()
-        .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))
-        .collect()
+    [
+        "bits_per_weight",
+        "packed_bytes",
+        "sparsity",
+        "ingredients",
+        "trained_parameters",
+        "held_out_perplexity_before",
+        "held_out_perplexity_after",
+    ]
+    .iter()
+    .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))
+    .collect()
 }
 
 /// The last part of a path or source string: a name that does not depend on where things lie.

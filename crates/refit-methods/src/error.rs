@@ -194,6 +194,9 @@ pub enum Error {
     /// From calibration and evaluation.
     #[error(transparent)]
     Train(#[from] refit_train::Error),
+    /// From training.
+    #[error(transparent)]
+    Training(#[from] refit_train::train::TrainError),
     /// From the store.
     #[error(transparent)]
     Store(#[from] refit_store::Error),

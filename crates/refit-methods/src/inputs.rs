@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use refit_data::Tokenizer;
+use refit_data::{Records, Tokenizer};
 use refit_store::Artifact;
+use refit_store::adapter::Adapter;
 
 use crate::error::{Error, Result};
 use crate::method::{Info, Need};
@@ -18,6 +19,10 @@ pub struct Inputs {
     pub text: Vec<TextData>,
     /// Labelled examples.
     pub labelled: Option<Labelled>,
+    /// What the model is to learn.
+    pub data: Vec<TrainingData>,
+    /// Adapters, in the order given.
+    pub adapters: Vec<AdapterInput>,
 }
 
 /// One model.
@@ -62,6 +67,59 @@ pub struct TextData {
     pub text: String,
 }
 
+/// One adapter.
+#[derive(Clone, Debug)]
+pub struct AdapterInput {
+    /// What the user typed.
+    pub source: String,
+    /// The opened adapter.
+    pub adapter: Arc<Adapter>,
+}
+
+/// One file of training data.
+#[derive(Clone, Debug)]
+pub enum TrainingData {
+    /// A table: one example per row.
+    Records(Arc<Records>),
+    /// Plain text.
+    Text(TextData),
+}
+
+impl TrainingData {
+    /// The file or source, for messages and lineage.
+    pub fn source(&self) -> String {
+        match self {
+            Self::Records(records) => records.path().display().to_string(),
+            Self::Text(text) => text.source.clone(),
+        }
+    }
+
+    /// How much it is, in words.
+    pub fn size(&self) -> String {
+        match self {
+            Self::Records(records) => format!("{} records", records.len()),
+            Self::Text(text) => format!("{} bytes of text", text.text.len()),
+        }
+    }
+
+    /// SHA-256 of the content as it was read.
+    pub fn sha256(&self) -> String {
+        match self {
+            Self::Text(text) => refit_store::hash::hex(text.text.as_bytes()),
+            Self::Records(records) => {
+                let mut all = records.columns().join("\t");
+                for row in records.rows() {
+                    for value in &row.values {
+                        all.push('\n');
+                        all.push_str(&value.to_string());
+                    }
+                }
+                refit_store::hash::hex(all.as_bytes())
+            }
+        }
+    }
+}
+
 /// Labelled examples.
 #[derive(Clone, Debug)]
 pub enum Labelled {
@@ -97,6 +155,28 @@ impl Inputs {
         if spec.labelled == Need::Required && self.labelled.is_none() {
             let what = spec.data_role.to_owned();
             return Err(Error::MissingData { method: info.name, what, how: "--labelled DIR" });
+        }
+        if spec.data == Need::Required && self.data.is_empty() {
+            let what = "examples to learn from".to_owned();
+            return Err(Error::MissingData { method: info.name, what, how: "--data FILE" });
+        }
+        match (spec.adapters, self.adapters.first()) {
+            (Need::Required, None) => {
+                return Err(Error::MissingData {
+                    method: info.name,
+                    what: "an adapter beside the model".to_owned(),
+                    how: "its directory after the model",
+                });
+            }
+            (Need::No, Some(adapter)) => {
+                let problem = format!(
+                    "this is an adapter, and {} takes models; merge it into its base first: refit apply merge-adapter \
+                     MODEL {} -o OUT",
+                    info.name, adapter.source
+                );
+                return Err(Error::BadData { source_name: adapter.source.clone(), problem });
+            }
+            _ => {}
         }
         if let Some(empty) = self.text.iter().find(|text| text.text.trim().is_empty()) {
             let problem = "the text is empty; give a file with words in it".to_owned();

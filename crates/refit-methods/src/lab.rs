@@ -1,6 +1,9 @@
 //! What the claims of this crate share: a model, texts that it has not seen, methods by name, and a
 //! measure.
 
+pub mod bytes;
+pub mod images;
+
 use std::path::{Path, PathBuf};
 
 use refit_data::{Tokenizer, corpus};
@@ -67,7 +70,7 @@ impl Lab {
                 text: text.calib.to_owned(),
             })
             .collect();
-        Inputs { models: vec![self.model.clone()], text, labelled: None }
+        Inputs { models: vec![self.model.clone()], text, ..Inputs::default() }
     }
 
     /// Where the output of that name lies.

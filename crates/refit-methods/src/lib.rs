@@ -3,6 +3,7 @@
 //!
 //! [`method`] is the seam that every method implements, [`registry`] the list of them all.
 
+pub mod adapt;
 pub mod calibrated;
 pub mod emit;
 pub mod error;

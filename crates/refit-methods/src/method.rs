@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 pub use refit_train::claim::Claim;
 
 use crate::error::{Error, Result};
-pub use crate::inputs::{Inputs, Labelled, ModelInput, TextData};
+pub use crate::inputs::{AdapterInput, Inputs, Labelled, ModelInput, TextData, TrainingData};
 
 /// One paper's technique: parameters in, an artifact (or a report) out.
 ///
@@ -91,6 +91,8 @@ pub enum Family {
     Prune,
     /// One model out of several.
     Merge,
+    /// A model that has learned from examples.
+    Adapt,
 }
 
 impl Family {
@@ -100,6 +102,7 @@ impl Family {
             Self::Quantize => "quantize",
             Self::Prune => "prune",
             Self::Merge => "merge",
+            Self::Adapt => "adapt",
         }
     }
 }
@@ -139,6 +142,10 @@ pub struct InputSpec {
     pub text: Need,
     /// Labelled examples.
     pub labelled: Need,
+    /// Training data.
+    pub data: Need,
+    /// Adapters, given among the models.
+    pub adapters: Need,
     /// What the data are for; empty when none are taken.
     pub data_role: &'static str,
 }
@@ -150,15 +157,22 @@ impl InputSpec {
         max_models: Some(1),
         text: Need::No,
         labelled: Need::No,
+        data: Need::No,
+        adapters: Need::No,
         data_role: "",
     };
     /// One model and calibration text.
     pub const CALIBRATED: Self = Self {
-        min_models: 1,
-        max_models: Some(1),
         text: Need::Required,
-        labelled: Need::No,
         data_role: "calibration text: a few thousand tokens like those the model will see",
+        ..Self::WEIGHTS
+    };
+    /// One language model and what it is to learn.
+    pub const TUNED: Self = Self {
+        text: Need::Optional,
+        data: Need::Required,
+        data_role: "held-out text: perplexity is measured on it before and after training",
+        ..Self::WEIGHTS
     };
 }
 
@@ -180,6 +194,8 @@ pub enum Need {
 pub enum OutputKind {
     /// A model directory in Hugging Face layout.
     Model,
+    /// An adapter directory in PEFT layout.
+    Adapter,
     /// A report, and nothing on disk unless asked.
     Report,
 }
@@ -390,6 +406,8 @@ pub trait Progress: Send + Sync {
     fn advance(&self, by: u64);
     /// The stage is over.
     fn end(&self);
+    /// How the stage is going, in a few words that replace the last ones.
+    fn status(&self, _words: &str) {}
     /// A line worth showing now.
     fn note(&self, _message: &str) {}
 }

@@ -183,7 +183,13 @@ fn from_value<M: Method>(value: &Value) -> Result<Box<dyn Configured>> {
 /// Every method, family by family.
 pub fn all() -> &'static [Entry] {
     static ALL: LazyLock<Vec<Entry>> = LazyLock::new(|| {
-        [crate::quantize::METHODS, crate::prune::METHODS, crate::merge::METHODS].concat()
+        [
+            crate::quantize::METHODS,
+            crate::prune::METHODS,
+            crate::merge::METHODS,
+            crate::adapt::METHODS,
+        ]
+        .concat()
     });
     &ALL
 }
@@ -210,7 +216,7 @@ mod tests {
     /// Flags that every command has; a method must not take them for itself.
     const RESERVED: &[&str] = &[
         "models", "out", "seed", "threads", "force", "resume", "text", "labelled", "images",
-        "json", "dry-run", "device", "help", "quiet", "verbose", "config", "model",
+        "data", "json", "dry-run", "device", "help", "quiet", "verbose", "config", "model",
     ];
 
     #[test]

@@ -22,7 +22,7 @@ fn given() -> Inputs {
         .iter()
         .map(|text| TextData { source: text.domain.into(), text: text.calib.into() })
         .collect();
-    Inputs { models: vec![ModelInput::open("tiny", tiny()).unwrap()], text, labelled: None }
+    Inputs { models: vec![ModelInput::open("tiny", tiny()).unwrap()], text, ..Inputs::default() }
 }
 
 fn small(mut parameters: Value) -> Value {
@@ -213,7 +213,7 @@ fn greedy_soups_are_no_worse_than_their_best_ingredient() {
     apply("rtn", json!({"bits": 2}), &base, &coarse, 0).unwrap();
     let open = |name: &str, path: &Path| ModelInput::open(name, path).unwrap();
     let models = vec![open("coarse", &coarse), open("fine", &fine), open("tiny", &tiny())];
-    let inputs = Inputs { models, text: vec![base.text[1].clone()], labelled: None };
+    let inputs = Inputs { models, text: vec![base.text[1].clone()], ..Inputs::default() };
     let out = dir.path().join("soup");
     let parameters = json!({"mode": "greedy", "max_tokens": 512});
     let output = apply("model-soups", parameters, &inputs, &out, 0).unwrap();

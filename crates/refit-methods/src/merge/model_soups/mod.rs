@@ -29,11 +29,12 @@ use crate::error::{Error, Result};
 use crate::inputs::Inputs;
 use crate::merge::fold::{Weights, compare, duplicates, fold};
 use crate::method::{
-    Context, Effort, Family, Info, InputSpec, Method, Need, Output, OutputKind, Paper, Plan, Quiet,
-    Taxonomy, Touches, Unit,
+    Claim, Context, Effort, Family, Info, InputSpec, Method, Need, Output, OutputKind, Paper, Plan,
+    Quiet, Taxonomy, Touches, Unit,
 };
 use crate::rewrite::OutputType;
 
+mod claim;
 pub mod greedy;
 mod heldout;
 pub mod learn;
@@ -104,8 +105,8 @@ impl Method for ModelSoups {
             min_models: 1,
             max_models: None,
             text: Need::Optional,
-            labelled: Need::No,
             data_role: "held-out text that scores candidates (greedy and learned soups)",
+            ..InputSpec::WEIGHTS
         },
         output: OutputKind::Model,
         taxonomy: Taxonomy {
@@ -115,6 +116,10 @@ impl Method for ModelSoups {
             composes_with: &["rtn", "finequant", "magnitude", "wanda"],
         },
     };
+
+    fn claim() -> Option<Claim> {
+        Some(claim::CLAIM)
+    }
 
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         let name = Self::INFO.name;

@@ -1,0 +1,389 @@
+//! The frame of every method that trains a language model: load, change, train, measure, write.
+//!
+//! A method says what it attaches and what trains ([`Session::train`]); what was learned is then written as an adapter
+//! ([`Trained::write_adapter`]) or as a model ([`Trained::write_model`]). Checkpoints lie beside the output under a hidden
+//! name until it is complete, so the same command goes on where an interrupted run stopped.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use refit_data::Rng;
+use refit_data::examples::Example;
+use refit_nn::{BurnDevice, Decoder, Dropout, Run, Trainable};
+use refit_store::adapter::{self, AdapterConfig, Part, Prompt};
+use refit_store::{DType, SideFile};
+use refit_train::BoxError;
+use refit_train::eval::{self, Reference, Segment};
+use refit_train::train::loss::next_token;
+use refit_train::train::{At, Order, Recipe, RunOptions, Scope, StepReport, Terms, Trainer};
+use serde_json::{Value, json};
+
+use super::training::Training;
+use crate::emit::{self, Emitter};
+use crate::error::{Error, Result};
+use crate::inputs::Inputs;
+use crate::method::{Action, Context, Output, Plan, Unit};
+use crate::rewrite::{copy, transpose};
+
+/// One run of training.
+pub struct Session<'a> {
+    /// What is trained, and on what.
+    pub inputs: &'a Inputs,
+    /// What was promised.
+    pub plan: &'a Plan,
+    /// Seed, output, progress.
+    pub cx: &'a Context,
+    /// How.
+    pub training: &'a Training,
+    /// Peak learning rate.
+    pub rate: f64,
+    /// Dropout in adapters.
+    pub dropout: f64,
+}
+
+/// A trained model and what is known of its training.
+pub struct Trained {
+    /// The model, off autodiff.
+    pub model: Decoder,
+    /// What goes to the lineage.
+    pub report: Value,
+    /// What differs from run to run.
+    costs: Value,
+    /// `training.jsonl` and what the method adds.
+    files: Vec<SideFile>,
+    checkpoints: PathBuf,
+    warnings: Vec<String>,
+}
+
+/// Held-out perplexity is measured on at most this many tokens of every text.
+const HELD_OUT_TOKENS: usize = 8192;
+
+impl Session<'_> {
+    /// Trains. `prepare` attaches what is to be trained and says which parameters are; `adjust` may change the recipe.
+    ///
+    /// # Errors
+    /// Whatever loading, the data, training or the disk meet; the newest checkpoint stays.
+    pub fn train(
+        &self,
+        examples: &[Example],
+        prepare: impl FnOnce(&mut Decoder, &mut Rng) -> Result<Scope>,
+        adjust: impl FnOnce(&mut Recipe),
+    ) -> Result<Trained> {
+        let Self { inputs, cx, training, .. } = self;
+        let source = &inputs.models[0];
+        let started = Instant::now();
+        let mut model = Decoder::load(&source.artifact, &BurnDevice::flex())?;
+        let before = self.perplexity(&model)?;
+        let scope = prepare(&mut model, &mut Rng::named(cx.seed, "init"))?;
+        let mut recipe = training.recipe(examples.len(), self.rate, cx.seed);
+        recipe.scope = scope;
+        adjust(&mut recipe);
+        let steps = recipe.steps;
+        let mut trainer = Trainer::new(model, recipe)?;
+        let trained: u64 = self.count(&trainer);
+        let checkpoints = self.checkpoints()?;
+        if !cx.resume {
+            remove(&checkpoints)?;
+        }
+        let order = Order::new(cx.seed, examples.len());
+        let objective = |model: &Decoder, at: At| -> Result<Terms, BoxError> {
+            let chosen = order.batch(at.batch, training.batch);
+            let (ids, learned) = batch(chosen.iter().map(|&i| &examples[i]));
+            let rows = training.batch;
+            let dropout = Dropout::new(self.dropout, cx.seed ^ at.batch.wrapping_mul(0x9e37_79b9));
+            let checkpoint = training.checkpoint_activations;
+            let mut run = Run { dropout, checkpoint, ..Run::plain() };
+            let (loss, tokens) = next_token(model, &ids, rows, Some(&learned), &mut run)?;
+            Ok(Terms::one("cross-entropy", loss, tokens))
+        };
+        cx.progress.begin("training", steps, Unit::Steps);
+        let mut curve: Vec<(u64, f64)> = Vec::new();
+        let (mut tokens, mut seconds, mut seen) = (0u64, 0.0, 0u64);
+        let mut on_step = |report: &StepReport| {
+            if seen == 0 && report.step > 0 {
+                cx.progress.advance(report.step);
+            }
+            seen += 1;
+            tokens += report.items as u64;
+            seconds += report.seconds;
+            curve.push((report.step, report.loss));
+            cx.progress.status(&format!(
+                "loss {:.3}, rate {:.1e}, {:.0} tokens/s",
+                report.loss,
+                report.rate,
+                report.items as f64 / report.seconds.max(1e-9)
+            ));
+            cx.progress.advance(1);
+        };
+        let options = RunOptions {
+            dir: Some(checkpoints.clone()),
+            every: training.checkpoint_every,
+            keep: 2,
+            resume: cx.resume,
+            identity: self.identity(),
+            on_step: Some(&mut on_step),
+        };
+        // Training runs where it is called: a trainer's hooks may belong to this thread.
+        let ran = trainer.run(&objective, options);
+        cx.progress.end();
+        ran?;
+        let state_bytes = trainer.state_bytes();
+        let model = trainer.into_model();
+        let after = self.perplexity(&model)?;
+        let path = checkpoints.join("metrics.jsonl");
+        let lines = std::fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
+        let losses: Vec<StepReport> =
+            lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let mut report = json!({
+            "updates": steps,
+            "examples": examples.len(),
+            "trained_parameters": trained,
+            "optimizer_state_bytes": state_bytes,
+            "first_loss": losses.first().map(|r| r.loss),
+            "last_loss": losses.last().map(|r| r.loss),
+            "loss": thin(&losses),
+        });
+        if let (Some(before), Some(after)) = (before, after) {
+            report["held_out_perplexity_before"] = json!(before);
+            report["held_out_perplexity_after"] = json!(after);
+        }
+        let costs = json!({
+            "training_seconds": seconds,
+            "total_seconds": started.elapsed().as_secs_f64(),
+            "learned_tokens_per_second": if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
+        });
+        Ok(Trained {
+            model,
+            report,
+            costs,
+            files: vec![SideFile::from_bytes("training.jsonl", without_times(&losses))],
+            checkpoints,
+            warnings: Vec::new(),
+        })
+    }
+
+    fn count(&self, trainer: &Trainer<Decoder>) -> u64 {
+        let names: std::collections::HashSet<&str> = trainer.trained().collect();
+        let all = trainer.model().parameters();
+        let trained = all.iter().filter(|p| names.contains(p.name.as_str()));
+        trained.map(|p| p.shape.iter().product::<usize>() as u64).sum()
+    }
+
+    /// Perplexity on the held-out text, where there is one.
+    fn perplexity(&self, model: &Decoder) -> Result<Option<f64>> {
+        if self.inputs.text.is_empty() {
+            return Ok(None);
+        }
+        let tokenizer = self.inputs.models[0].tokenizer()?;
+        let segments = self
+            .inputs
+            .text
+            .iter()
+            .map(|text| Ok(Segment::new(&*text.source, tokenizer.encode(&text.text, false)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let window = 512.min(eval::CausalLm::context(model));
+        let options = eval::Options {
+            window: Some(window),
+            max_tokens: Some(HELD_OUT_TOKENS),
+            resamples: 0,
+            ..eval::Options::default()
+        };
+        self.cx.progress.begin("measuring held-out text", 0, Unit::Tokens);
+        let found = eval::perplexity(model, &segments, &options, Reference::None, &|_, _| {});
+        self.cx.progress.end();
+        Ok(Some(found?.perplexity))
+    }
+
+    /// Where checkpoints lie until the output is complete.
+    fn checkpoints(&self) -> Result<PathBuf> {
+        let out = self.cx.out()?;
+        let name = out.file_name().map(|name| name.to_string_lossy().into_owned());
+        Ok(out.with_file_name(format!(".{}.refit-training", name.unwrap_or_default())))
+    }
+
+    /// What the result depends on besides the trainer's recipe.
+    fn identity(&self) -> String {
+        let data: Vec<String> = self.inputs.data.iter().map(|data| data.sha256()).collect();
+        let identity = json!({
+            "refit": env!("CARGO_PKG_VERSION"),
+            "method": self.plan.method,
+            "parameters": self.plan.parameters,
+            "base": self.inputs.models[0].artifact.fingerprint().ok(),
+            "data": data,
+        });
+        refit_store::hash::hex(identity.to_string().as_bytes())
+    }
+}
+
+/// Rows of one length: shorter examples are padded behind their end, where nothing is learned and nothing looks.
+fn batch<'a>(examples: impl Iterator<Item = &'a Example> + Clone) -> (Vec<u32>, Vec<bool>) {
+    let longest = examples.clone().map(|example| example.ids.len()).max().unwrap_or(0);
+    let (mut ids, mut learned) = (Vec::new(), Vec::new());
+    for example in examples {
+        let end = ids.len() + longest;
+        ids.extend(&example.ids);
+        ids.resize(end, 0);
+        learned.extend(&example.learned);
+        learned.resize(end, false);
+    }
+    (ids, learned)
+}
+
+/// At most two hundred points of the loss, each the mean of its stretch.
+fn thin(losses: &[StepReport]) -> Vec<(u64, f64)> {
+    let stretch = losses.len().div_ceil(200).max(1);
+    let mean = |part: &[StepReport]| {
+        let sum: f64 = part.iter().map(|report| report.loss).sum();
+        (part[part.len() - 1].step + 1, sum / part.len() as f64)
+    };
+    losses.chunks(stretch).map(mean).collect()
+}
+
+/// The metrics as they go into the artifact: the same for every run of the same recipe.
+fn without_times(losses: &[StepReport]) -> Vec<u8> {
+    let mut lines = String::new();
+    for report in losses {
+        let line = json!({
+            "step": report.step, "loss": report.loss, "grad_norm": report.grad_norm, "rate": report.rate,
+            "items": report.items,
+        });
+        lines.push_str(&line.to_string());
+        lines.push('\n');
+    }
+    lines.into_bytes()
+}
+
+fn remove(dir: &std::path::Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::Io { path: dir.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Trained {
+    /// Puts the effective weight in place of every training form.
+    pub fn fold(&mut self) {
+        for block in &mut self.model.blocks {
+            for linear in block.linears_mut() {
+                let weight = linear.weight();
+                let device = weight.device();
+                linear.set_weight(refit_nn::ops::to_vec(&weight), &device);
+            }
+        }
+    }
+
+    /// Adds a file beside the weights.
+    pub fn add_file(&mut self, file: SideFile) {
+        self.files.push(file);
+    }
+
+    /// Adds a warning to the output.
+    pub fn warn(&mut self, warning: String) {
+        self.warnings.push(warning);
+    }
+
+    /// Writes what was learned as an adapter.
+    ///
+    /// # Errors
+    /// Whatever the disk refuses.
+    pub fn write_adapter(
+        self,
+        session: &Session,
+        config: &AdapterConfig,
+        parts: &[Part],
+        prompt: Option<&Prompt>,
+    ) -> Result<Output> {
+        let Session { inputs, plan, cx, .. } = session;
+        let (lineage, card) = emit::describe_adapter(inputs, plan, cx, &self.report)?;
+        let out = cx.out()?;
+        let path = adapter::write(
+            out,
+            config,
+            parts,
+            prompt,
+            lineage,
+            card,
+            cx.force,
+            self.files.clone(),
+        )?;
+        self.output(path)
+    }
+
+    /// Writes the whole model: tensors that trained get their new values, the others are copied byte for byte.
+    ///
+    /// # Errors
+    /// Whatever the disk refuses; values that the output's type cannot hold.
+    pub fn write_model(self, session: &Session) -> Result<Output> {
+        let Session { inputs, plan, cx, .. } = session;
+        let model = &inputs.models[0];
+        let emitter = Emitter::begin(inputs, plan, cx)?;
+        let values = named_values(&self.model);
+        let architecture = model.artifact.architecture();
+        cx.progress.begin("writing", plan.tensors.len() as u64, Unit::Tensors);
+        for tensor in &plan.tensors {
+            if tensor.action == Action::Copy {
+                if !emitter.is_done(&tensor.name) {
+                    copy(&model.artifact, &model.source, &emitter, tensor)?;
+                }
+            } else if !emitter.is_done(&tensor.name) {
+                let site = architecture.site(&tensor.name);
+                let tied = site.and_then(|site| site.tied_to.as_deref());
+                let found = values.get(&tensor.name).or_else(|| values.get(tied?));
+                let values = found.ok_or_else(|| {
+                    let problem = "the running model does not hold it, so it did not train";
+                    Error::tensor(&model.source, &tensor.name, problem)
+                })?;
+                emitter.write_f32(&tensor.name, 0, &stored(&self.model, &tensor.name, values))?;
+                emitter.done(&tensor.name)?;
+            }
+            cx.progress.advance(1);
+        }
+        cx.progress.end();
+        let path = emitter.finish(inputs, plan, cx, self.files.clone(), &self.report)?;
+        self.output(path)
+    }
+
+    fn output(self, path: PathBuf) -> Result<Output> {
+        remove(&self.checkpoints)?;
+        let mut report = self.report;
+        for (key, value) in self.costs.as_object().into_iter().flatten() {
+            report[key] = value.clone();
+        }
+        Ok(Output { artifact: Some(path), report, warnings: self.warnings })
+    }
+}
+
+/// Values of all parameters under the names of the artifact's tensors.
+fn named_values(model: &Decoder) -> HashMap<String, Vec<f32>> {
+    let mut all = HashMap::new();
+    let _ = refit_nn::named::edit(model.clone(), |name, _, values| {
+        all.insert(name.to_owned(), values());
+        None
+    });
+    all
+}
+
+/// A parameter as the artifact stores it: GPT-2 keeps its projections `[in, out]`, Gemma its norms less one.
+fn stored(model: &Decoder, name: &str, values: &[f32]) -> Vec<f32> {
+    let config = model.config();
+    if config.norm_offset && name.ends_with("norm.weight") {
+        return values.iter().map(|value| value - 1.0).collect();
+    }
+    let linear = model.blocks.iter().flat_map(|block| block.linears());
+    let site = name.strip_suffix(".weight");
+    if config.model_type == "gpt2"
+        && let Some(linear) = linear.into_iter().find(|linear| Some(linear.site.as_str()) == site)
+    {
+        let [out, inputs] = linear.weight().dims();
+        return transpose(values, out, inputs);
+    }
+    values.to_vec()
+}
+
+/// The stored type that a value must fit: bf16 and f16 sources are trained in f32 and rounded once, at the end.
+pub(super) fn rounds(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16)
+}

@@ -1,0 +1,267 @@
+//! Merging adapters into their base: `W' = W + s B A` and its relatives, written as an ordinary model.
+//!
+//! Tensors stream: one is in memory per thread. A merge that changes nothing is an error, and what rounding to the output's
+//! element type swallows of the update is measured and reported.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+
+use clap::Args;
+use refit_store::DType;
+use refit_store::adapter::{Adapter, Form, Part, Side};
+use refit_store::architecture::{Layout, Site};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::finetune::nothing;
+use crate::error::{Error, Result};
+use crate::inputs::{AdapterInput, ModelInput};
+use crate::method::{
+    Context, Effort, Family, Info, InputSpec, Inputs, Method, Need, Output, OutputKind, Paper,
+    Plan, Taxonomy, Touches,
+};
+use crate::rewrite::{self, OutputType, rewrite};
+
+/// Parameters of merging adapters.
+#[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct MergeAdapter {
+    /// Factor on the adapters' changes: 1 merges them, 0.5 half of them, -1 takes a merged one out again.
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true)]
+    pub weight: f64,
+    /// Element type of the weights that are written.
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: OutputType,
+}
+
+crate::paper_defaults!(MergeAdapter);
+
+impl Method for MergeAdapter {
+    const INFO: Info = Info {
+        name: "merge-adapter",
+        title: "Merging adapters",
+        summary: "Merges one or more adapters into their base and writes an ordinary model",
+        family: Family::Adapt,
+        paper: Paper { title: "", reference: "", year: 0 },
+        inputs: InputSpec { adapters: Need::Required, ..InputSpec::WEIGHTS },
+        output: OutputKind::Model,
+        taxonomy: Taxonomy {
+            path: &["adaptation", "merging"],
+            needs: Effort::None,
+            touches: &[Touches::Weights],
+            composes_with: &["model-soups", "rtn", "finequant"],
+        },
+    };
+
+    fn plan(&self, inputs: &Inputs) -> Result<Plan> {
+        if !self.weight.is_finite() || self.weight == 0.0 {
+            let expected = "a number other than 0: a merge that changes nothing is no merge";
+            return Err(Error::range(Self::INFO.name, "weight", self.weight, expected));
+        }
+        let model = &inputs.models[0];
+        let changes = Changes::of(model, &inputs.adapters)?;
+        let sites: Vec<&Site> = changes.sites(model)?;
+        let mut plan = rewrite::plan(self, model, &sites, self.dtype);
+        for AdapterInput { source, adapter } in &inputs.adapters {
+            let parameters: usize = adapter.parts().iter().map(|part| part.form.parameters()).sum();
+            plan.steps.push(format!(
+                "merge {source}: {parameters} parameters at {} places",
+                adapter.parts().len()
+            ));
+        }
+        Ok(plan)
+    }
+
+    fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
+        let model = &inputs.models[0];
+        let changes = Changes::of(model, &inputs.adapters)?;
+        let stored: BTreeMap<&str, Option<DType>> = plan
+            .tensors
+            .iter()
+            .map(|tensor| (tensor.name.as_str(), DType::from_safetensors(&tensor.dtype)))
+            .collect();
+        let totals = Mutex::new(Totals::default());
+        let edit = |site: &Site, weights: &mut [f32]| -> Result<()> {
+            let base = weights.to_vec();
+            for change in changes.at(&site.name) {
+                change.apply(site, weights)?;
+            }
+            if self.weight != 1.0 {
+                let factor = self.weight as f32;
+                weights.iter_mut().zip(&base).for_each(|(w, b)| *w = b + factor * (*w - b));
+            }
+            let one = Totals::of(&base, weights, stored[site.name.as_str()]);
+            totals
+                .lock()
+                .expect("invariant: no thread panics while holding it")
+                .add(&site.name, one);
+            Ok(())
+        };
+        let mut swallowed = None;
+        let finally = || {
+            let totals = totals.lock().expect("invariant: no thread panics while holding it");
+            let sum = totals.sum();
+            if sum.changed == 0 {
+                let what = "change that survives in the output's element type";
+                let advice = "the adapters are zero, or too small for it: --dtype f32 keeps them";
+                return Err(nothing(&model.source, what, advice));
+            }
+            let lost = (sum.lost / sum.update.max(f64::MIN_POSITIVE)).sqrt();
+            swallowed = (lost > 0.1).then_some(lost);
+            let report = json!({
+                "changed_tensors": totals.0.len(),
+                "changed_elements": sum.changed,
+                "update_norm": sum.update.sqrt(),
+                "update_lost_to_rounding": lost,
+            });
+            Ok((Vec::new(), report))
+        };
+        let mut output = rewrite(inputs, plan, cx, &edit, finally)?;
+        if let Some(lost) = swallowed {
+            output.warnings.push(format!(
+                "rounding to the output's element type moved the weights by {:.0} % of the adapters' update; --dtype f32 \
+                 keeps all of it",
+                100.0 * lost
+            ));
+        }
+        Ok(output)
+    }
+}
+
+/// What is done to one tensor.
+#[derive(Clone, Copy)]
+enum Change<'a> {
+    /// To a weight.
+    Weight(&'a Form),
+    /// To the bias beside it.
+    Bias(&'a Form),
+}
+
+impl Change<'_> {
+    /// Changes `values` of the tensor at `site`, `[out, in]` for matrices.
+    fn apply(self, site: &Site, values: &mut [f32]) -> Result<()> {
+        let (out, inputs) = site.out_in().unwrap_or((values.len(), 1));
+        match self {
+            // Whole tensors come in the layout of the file.
+            Self::Weight(Form::Full { values: new, .. }) if site.layout == Layout::InOut => {
+                values.copy_from_slice(&rewrite::transpose(&new.values, inputs, out));
+            }
+            Self::Weight(form) => form.apply(values, out, inputs)?,
+            Self::Bias(Form::Ia3 { factors, .. }) => {
+                values.iter_mut().zip(factors).for_each(|(v, f)| *v *= f);
+            }
+            Self::Bias(Form::LayerNorm { bias: Some(bias), .. }) => values.copy_from_slice(bias),
+            Self::Bias(Form::Lora { bias: Some(bias), scale, .. }) => {
+                values.iter_mut().zip(bias).for_each(|(v, b)| *v += scale * b);
+            }
+            Self::Bias(_) => {}
+        }
+        Ok(())
+    }
+}
+
+/// The changes of all adapters by tensor, in the order given.
+struct Changes<'a>(BTreeMap<String, Vec<Change<'a>>>);
+
+impl<'a> Changes<'a> {
+    fn of(model: &ModelInput, adapters: &'a [AdapterInput]) -> Result<Self> {
+        let mut by_tensor: BTreeMap<String, Vec<Change>> = BTreeMap::new();
+        for AdapterInput { source, adapter } in adapters {
+            check(source, adapter, model)?;
+            for Part { site, form } in adapter.parts() {
+                let weight = match form {
+                    Form::Full { tensor, .. } => format!("{site}{tensor}"),
+                    _ => format!("{site}.weight"),
+                };
+                by_tensor.entry(weight).or_default().push(Change::Weight(form));
+                let bias = format!("{site}.bias");
+                let touches = match form {
+                    Form::Ia3 { side: Side::Output, .. } => model.artifact.contains(&bias),
+                    Form::LayerNorm { bias, .. } | Form::Lora { bias, .. } => bias.is_some(),
+                    _ => false,
+                };
+                if touches {
+                    by_tensor.entry(bias).or_default().push(Change::Bias(form));
+                }
+            }
+        }
+        Ok(Self(by_tensor))
+    }
+
+    fn at(&self, tensor: &str) -> &[Change<'a>] {
+        self.0.get(tensor).map_or(&[], Vec::as_slice)
+    }
+
+    fn sites<'m>(&self, model: &'m ModelInput) -> Result<Vec<&'m Site>> {
+        let architecture = model.artifact.architecture();
+        self.0
+            .keys()
+            .map(|tensor| {
+                architecture.site(tensor).ok_or_else(|| {
+                    Error::tensor(&model.source, tensor, "the architecture does not list it")
+                })
+            })
+            .collect()
+    }
+}
+
+/// Refuses adapters of another base, and forms that depend on the input.
+fn check(source: &str, adapter: &Adapter, model: &ModelInput) -> Result<()> {
+    let fixed = adapter.prompt().is_none() && adapter.parts().iter().all(|p| p.form.mergeable());
+    if !fixed {
+        return Err(Error::Mismatch {
+            first: source.to_owned(),
+            second: model.source.clone(),
+            problem: "what it adds depends on the input (prefix, prompt or bottleneck), so no change of weights is equal to \
+                      it; run the model with --adapter instead"
+                .into(),
+        });
+    }
+    Ok(adapter.check_base(&model.artifact)?)
+}
+
+/// What a merge did to one tensor, or to several.
+#[derive(Clone, Copy, Debug, Default)]
+struct One {
+    /// Elements whose stored value differs.
+    changed: u64,
+    /// Squared norm of the update.
+    update: f64,
+    /// Squared norm of what rounding made of it.
+    lost: f64,
+}
+
+#[derive(Debug, Default)]
+struct Totals(BTreeMap<String, One>);
+
+impl Totals {
+    fn of(base: &[f32], merged: &[f32], stored: Option<DType>) -> One {
+        let round = |x: f32| match stored {
+            Some(DType::F16) => half::f16::from_f32(x).to_f32(),
+            Some(DType::BF16) => half::bf16::from_f32(x).to_f32(),
+            _ => x,
+        };
+        let mut one = One::default();
+        for (base, merged) in base.iter().zip(merged) {
+            let kept = round(*merged);
+            one.changed += u64::from(kept != round(*base));
+            one.update += f64::from(merged - base).powi(2);
+            one.lost += f64::from(kept - merged).powi(2);
+        }
+        one
+    }
+
+    fn add(&mut self, tensor: &str, one: One) {
+        self.0.insert(tensor.to_owned(), one);
+    }
+
+    /// In the order of names: the same for any number of threads.
+    fn sum(&self) -> One {
+        self.0.values().fold(One::default(), |sum, one| One {
+            changed: sum.changed + one.changed,
+            update: sum.update + one.update,
+            lost: sum.lost + one.lost,
+        })
+    }
+}

@@ -1,0 +1,332 @@
+//! Methods that train, end to end on the small model that travels with refit: what they write, what they leave alone, how they
+//! resume, and what they refuse.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use refit_data::Records;
+use refit_methods::method::{AdapterInput, Context, Inputs, ModelInput, TextData, TrainingData};
+use refit_methods::registry;
+use refit_nn::{BurnDevice, Decoder, Run, adapter, ops};
+use refit_store::Artifact;
+use refit_store::adapter::Adapter;
+use serde_json::{Value, json};
+
+fn tiny() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../assets/tiny")
+}
+
+fn tuned(text: &str) -> Inputs {
+    let text = TextData { source: "lesson".into(), text: text.repeat(40) };
+    Inputs {
+        models: vec![ModelInput::open("tiny", tiny()).unwrap()],
+        data: vec![TrainingData::Text(text)],
+        ..Inputs::default()
+    }
+}
+
+const LESSON: &str =
+    "And the keeper wrote down the height of the tide and the names of the ships. ";
+
+fn small(more: Value) -> Value {
+    let mut all = json!({"steps": 4, "batch": 2, "max_length": 32, "checkpoint_every": 1});
+    for (key, value) in more.as_object().into_iter().flatten() {
+        all[key] = value.clone();
+    }
+    all
+}
+
+fn apply(method: &str, parameters: Value, inputs: &Inputs, out: &Path) -> Result<Value, String> {
+    let configured =
+        registry::get(method).unwrap().from_value(&parameters).map_err(|e| e.to_string())?;
+    inputs.check(registry::get(method).unwrap().info).map_err(|e| e.to_string())?;
+    let plan = configured.plan(inputs).map_err(|e| e.to_string())?;
+    let mut cx = Context::new(out);
+    let output = configured.run(inputs, &plan, &mut cx).map_err(|e| e.to_string())?;
+    Ok(output.report)
+}
+
+const IDS: [u32; 10] = [5, 9, 1, 30, 7, 7, 2, 48, 11, 3];
+
+fn logits(decoder: &Decoder) -> Vec<f32> {
+    ops::to_vec(&decoder.forward(&IDS, 1, &mut Run::plain()).unwrap())
+}
+
+fn load(path: &Path) -> Decoder {
+    Decoder::load(&Artifact::open(path).unwrap(), &BurnDevice::flex()).unwrap()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn adapters_learn_attach_and_merge_to_the_same_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let base = logits(&load(&tiny()));
+    for (method, more, mergeable) in [
+        ("lora", json!({"rank": 4, "learning_rate": 1e-2}), true),
+        (
+            "lora",
+            json!({"rank": 4, "rslora": true, "target_modules": ["q_proj", "down_proj"], "learning_rate": 1e-2}),
+            true,
+        ),
+        ("dora", json!({"rank": 4, "learning_rate": 1e-2}), true),
+        ("ia3", json!({"learning_rate": 1e-1}), true),
+        ("ln-tuning", json!({"learning_rate": 1e-2}), true),
+        (
+            "unified-peft",
+            json!({"preset": "mam", "bottleneck": 8, "prefix_length": 4, "prefix_net": 16, "learning_rate": 1e-2}),
+            false,
+        ),
+        ("unified-peft", json!({"preset": "houlsby", "bottleneck": 8}), false),
+        (
+            "unified-peft",
+            json!({"preset": "pa-attn", "bottleneck": 8, "learnable_scale": true, "learning_rate": 1e-2}),
+            false,
+        ),
+        ("unified-peft", json!({"preset": "mh-pa", "bottleneck": 4, "learning_rate": 1e-1}), false),
+        ("unified-peft", json!({"preset": "prefix", "prefix_length": 4, "prefix_net": 0}), false),
+        ("unified-peft", json!({"preset": "prompt", "prefix_length": 4}), false),
+    ] {
+        let name = format!("{method} {more}");
+        let out = dir.path().join("adapter");
+        let report =
+            apply(method, small(more), &inputs, &out).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let (first, last) = (report["first_loss"].as_f64(), report["last_loss"].as_f64());
+        assert!(first.is_some() && last.is_some(), "{name}");
+        assert_eq!(report["updates"], 4, "{name}");
+        let opened = Adapter::open(&out).unwrap_or_else(|e| panic!("{name}: {e}"));
+        opened.check_base(&inputs.models[0].artifact).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let parts: usize = opened.parts().iter().map(|part| part.form.parameters()).sum();
+        let prompt = opened.prompt().map_or(0, |prompt| prompt.table().values.len());
+        if !name.contains("mam") && !name.contains("learnable") {
+            // The net of a prefix and a learned factor train, but are folded away.
+            assert_eq!(report["trained_parameters"], parts + prompt, "{name}");
+        }
+        let attached = logits(&adapter::attach(load(&tiny()), &opened).unwrap());
+        assert!(distance(&base, &attached) > 1e-4, "{name} changes the model");
+        assert!(refit_store::Lineage::verify(&out).unwrap().is_ok(), "{name}");
+        let merged = dir.path().join("merged");
+        let both = Inputs {
+            models: inputs.models.clone(),
+            adapters: vec![AdapterInput { source: "adapter".into(), adapter: Arc::new(opened) }],
+            ..Inputs::default()
+        };
+        let merge = apply("merge-adapter", json!({"dtype": "f32"}), &both, &merged);
+        if mergeable {
+            merge.unwrap_or_else(|e| panic!("{name}: {e}"));
+            let distance = distance(&attached, &logits(&load(&merged)));
+            assert!(distance < 1e-4, "{name}: merged and attached differ by {distance}");
+            std::fs::remove_dir_all(&merged).unwrap();
+        } else {
+            let error = merge.unwrap_err();
+            assert!(
+                error.contains("depends on the input") && error.contains("--adapter"),
+                "{error}"
+            );
+        }
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
+    assert!(left.is_empty(), "no checkpoints are left behind: {left:?}");
+}
+
+#[test]
+fn learning_lowers_the_loss_on_what_is_learned() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut inputs = tuned(LESSON);
+    inputs.text = vec![TextData { source: "held out".into(), text: LESSON.repeat(8) }];
+    for (method, rate) in [("lora", 5e-3), ("fine-tune", 1e-3), ("hft", 1e-3)] {
+        let out = dir.path().join(method);
+        let more = json!({"steps": 20, "learning_rate": rate, "warmup": 0.0});
+        let report = apply(method, small(more), &inputs, &out).unwrap();
+        let value = |key: &str| report[key].as_f64().unwrap();
+        assert!(value("last_loss") < 0.8 * value("first_loss"), "{method}: {report}");
+        let (before, after) =
+            (value("held_out_perplexity_before"), value("held_out_perplexity_after"));
+        assert!(after < 0.8 * before, "{method}: {before} to {after}");
+    }
+}
+
+#[test]
+fn half_of_the_tensors_stay_to_the_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let out = dir.path().join("hft");
+    let more = json!({"weight_decay": 0.1, "learning_rate": 1e-3, "dtype": "f32"});
+    let report = apply("hft", small(more), &inputs, &out).unwrap();
+    let plan: Value =
+        serde_json::from_slice(&std::fs::read(out.join("freeze_plan.json")).unwrap()).unwrap();
+    assert_eq!(plan["round"], 0);
+    let (base, made) = (&inputs.models[0].artifact, Artifact::open(&out).unwrap());
+    let mut frozen = 0;
+    for info in made.tensors() {
+        let (old, new) = (base.read_f32(&info.name).unwrap(), made.read_f32(&info.name).unwrap());
+        let same = old.iter().zip(&new).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert_eq!(same, plan["tensors"][&info.name] == "frozen", "{}", info.name);
+        frozen += usize::from(same);
+    }
+    assert!(frozen > 0 && frozen < made.tensors().len());
+    assert!((0.3..0.7).contains(&report["frozen_share"].as_f64().unwrap()), "{report}");
+    // The next round draws another plan.
+    let next = Inputs { models: vec![ModelInput::open("hft", &out).unwrap()], ..tuned(LESSON) };
+    let again = dir.path().join("again");
+    let report = apply("hft", small(json!({})), &next, &again).unwrap();
+    assert_eq!(report["round"], 1);
+    // Half-Reset of a model to itself is that model; with ratio 0 it is the tuned one.
+    for (ratio, models) in [(0.5, [&out, &out]), (0.0, [&again, &out])] {
+        let inputs = Inputs {
+            models: models.map(|m| ModelInput::open("m", m).unwrap()).to_vec(),
+            ..Inputs::default()
+        };
+        let reset = dir.path().join("reset");
+        apply("half-reset", json!({"ratio": ratio, "dtype": "f32"}), &inputs, &reset).unwrap();
+        let (wanted, got) = (Artifact::open(models[0]).unwrap(), Artifact::open(&reset).unwrap());
+        for info in wanted.tensors() {
+            assert_eq!(wanted.read_f32(&info.name).unwrap(), got.read_f32(&info.name).unwrap());
+        }
+        std::fs::remove_dir_all(&reset).unwrap();
+    }
+}
+
+#[test]
+fn patterns_choose_what_trains() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let out = dir.path().join("out");
+    let more = json!({"train": ["*.mlp.*"], "freeze": ["*layers.0.*"], "learning_rate": 1e-3});
+    apply("fine-tune", small(more), &inputs, &out).unwrap();
+    let (base, made) = (&inputs.models[0].artifact, Artifact::open(&out).unwrap());
+    for info in made.tensors() {
+        let same = base.read_f32(&info.name).unwrap() == made.read_f32(&info.name).unwrap();
+        let trains = info.name.contains(".mlp.") && !info.name.contains("layers.0.");
+        assert_eq!(same, !trains, "{}", info.name);
+    }
+    let error =
+        apply("fine-tune", small(json!({"train": ["*.mlpp.*"]})), &inputs, &dir.path().join("x"));
+    let error = error.unwrap_err();
+    assert!(error.contains("`*.mlpp.*`") && error.contains("mlp"), "{error}");
+    let error = apply("bitfit", small(json!({})), &inputs, &dir.path().join("x")).unwrap_err();
+    assert!(error.contains("biases") && error.contains("ln-tuning"), "{error}");
+}
+
+#[test]
+fn an_interrupted_run_goes_on_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let parameters = small(json!({"steps": 6, "rank": 2, "learning_rate": 1e-2, "dropout": 0.1}));
+    let whole = dir.path().join("whole");
+    apply("lora", parameters.clone(), &inputs, &whole).unwrap();
+    // A run that stops half-way: its progress panics in step 4.
+    struct Stop(std::sync::atomic::AtomicU64);
+    impl refit_methods::method::Progress for Stop {
+        fn begin(&self, _: &str, _: u64, _: refit_methods::method::Unit) {}
+        fn advance(&self, by: u64) {
+            let before = self.0.fetch_add(by, std::sync::atomic::Ordering::SeqCst);
+            assert!(before < 3, "interrupted here");
+        }
+        fn end(&self) {}
+    }
+    let out = dir.path().join("resumed");
+    let configured = registry::get("lora").unwrap().from_value(&parameters).unwrap();
+    let plan = configured.plan(&inputs).unwrap();
+    let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mut cx = Context::new(&out);
+        cx.progress = Arc::new(Stop(Default::default()));
+        configured.run(&inputs, &plan, &mut cx).map(drop)
+    }));
+    assert!(stopped.is_err() && !out.exists());
+    // With other settings it is refused, and what is there stays.
+    let other = registry::get("lora").unwrap();
+    let other =
+        other.from_value(&small(json!({"steps": 7, "rank": 2, "learning_rate": 1e-2}))).unwrap();
+    let plan_of_other = other.plan(&inputs).unwrap();
+    let error =
+        other.run(&inputs, &plan_of_other, &mut Context::new(&out)).unwrap_err().to_string();
+    assert!(error.contains("recipe changed") || error.contains("other data"), "{error}");
+    configured.run(&inputs, &plan, &mut Context::new(&out)).unwrap();
+    for file in ["adapter_model.safetensors", "adapter_config.json", "training.jsonl"] {
+        let (a, b) =
+            (std::fs::read(whole.join(file)).unwrap(), std::fs::read(out.join(file)).unwrap());
+        assert!(a == b, "{file} differs");
+    }
+}
+
+#[test]
+fn mistakes_are_found_before_training() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let lines = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        Inputs {
+            data: vec![TrainingData::Records(Arc::new(Records::open(&path).unwrap()))],
+            ..tuned(LESSON)
+        }
+    };
+    let long = format!("{{\"text\": \"{}\"}}\n", "word ".repeat(300));
+    for (method, parameters, inputs, wanted) in [
+        ("lora", json!({"rank": 0}), tuned(LESSON), "at least 1"),
+        ("lora", json!({"rank": 100_000}), tuned(LESSON), "rank is at most"),
+        ("lora", json!({"target_modules": ["q_prj"]}), tuned(LESSON), "did you mean `q_proj`"),
+        ("lora", json!({"learning_rate": -1.0}), tuned(LESSON), "above 0"),
+        ("lora", json!({"dropout": 1.0}), tuned(LESSON), "dropout"),
+        ("lora", json!({"max_length": 1_000_000}), tuned(LESSON), "context"),
+        ("lora", json!({}), Inputs { data: vec![], ..tuned(LESSON) }, "--data FILE"),
+        (
+            "lora",
+            json!({}),
+            lines("empty.jsonl", "{\"text\": \"a b\"}\n{\"text\": \"\"}\n"),
+            "empty.jsonl:2",
+        ),
+        ("lora", json!({"max_length": 64}), lines("long.jsonl", &long), "long.jsonl:1"),
+        ("lora", json!({}), lines("other.jsonl", "{\"question\": \"a\"}\n"), "found question"),
+        ("unified-peft", json!({"bottleneck": 0}), tuned(LESSON), "at least 1 channel"),
+        (
+            "unified-peft",
+            json!({"preset": "prefix", "prefix_length": 0}),
+            tuned(LESSON),
+            "virtual token",
+        ),
+        ("hft", json!({"ratio": 1.5}), tuned(LESSON), "from 0 to 1"),
+        ("merge-adapter", json!({}), tuned(LESSON), "adapter beside the model"),
+    ] {
+        let error = apply(method, parameters, &inputs, &out).unwrap_err();
+        assert!(error.contains(wanted), "{method}: {error}\nshould contain {wanted}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
+fn a_rate_that_diverges_stops_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let more =
+        json!({"steps": 60, "learning_rate": 1e4, "warmup": 0.0, "clip": 0.0, "optimizer": "sgd"});
+    let error = apply("fine-tune", small(more), &tuned(LESSON), &out).unwrap_err();
+    assert!(error.contains("diverges") || error.contains("nothing was updated"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_merge_that_changes_nothing_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let out = dir.path().join("adapter");
+    // Rate so small that B stays zero in every bit that counts.
+    apply("lora", small(json!({"rank": 1, "learning_rate": 1e-30, "steps": 1})), &inputs, &out)
+        .unwrap();
+    let both = Inputs {
+        models: inputs.models.clone(),
+        adapters: vec![AdapterInput {
+            source: "adapter".into(),
+            adapter: Arc::new(Adapter::open(&out).unwrap()),
+        }],
+        ..Inputs::default()
+    };
+    let error = apply("merge-adapter", json!({}), &both, &dir.path().join("merged")).unwrap_err();
+    assert!(error.contains("no change") || error.contains("survives"), "{error}");
+}
