@@ -132,11 +132,13 @@ pub struct App {
 
 /// Parses the command line, does the work, prints the outcome.
 pub fn main() -> Code {
-    interrupt::install();
+    let as_json = asks_for_json(std::env::args_os());
+    interrupt::install(as_json);
     let matches = match command().try_get_matches() {
         Ok(matches) => matches,
-        Err(error) => return refuse(&error),
+        Err(error) => return refuse(&error, as_json),
     };
+    interrupt::expect(matches.subcommand_name().is_some_and(|verb| RESUMING.contains(&verb)));
     // `apply` is not derived: its flags come from the methods.
     let (global, result) = if let Some(("apply", sub)) = matches.subcommand() {
         match Global::from_arg_matches(&matches) {
@@ -144,7 +146,7 @@ pub fn main() -> Code {
                 global.clone(),
                 setup(global).and_then(|app| in_pool(|| verbs::apply::run(&app, sub))),
             ),
-            Err(error) => return refuse(&error),
+            Err(error) => return refuse(&error, as_json),
         }
     } else {
         match Cli::from_arg_matches(&matches) {
@@ -152,10 +154,10 @@ pub fn main() -> Code {
                 cli.global.clone(),
                 setup(cli.global).and_then(|app| in_pool(|| cli.verb.run(&app))),
             ),
-            Err(error) => return refuse(&error),
+            Err(error) => return refuse(&error, as_json),
         }
     };
-    let as_json = global.json;
+    let as_json = as_json || global.json;
     let done = result.and_then(|outcome| output::print(&outcome, as_json).map(|()| outcome.code));
     done.unwrap_or_else(|failure| {
         output::print_failure(&failure, as_json);
@@ -174,14 +176,40 @@ pub fn command() -> clap::Command {
     Cli::command().subcommand(verbs::apply::command())
 }
 
+/// Verbs whose next run goes on where an interrupted one stopped.
+const RESUMING: &[&str] = &["apply", "claim", "pull", "run"];
+
+/// Whether `--json` is among the arguments: it decides how a wrong command line is reported, too.
+fn asks_for_json(args: impl Iterator<Item = std::ffi::OsString>) -> bool {
+    args.skip(1).take_while(|arg| arg != "--").any(|arg| arg == "--json")
+}
+
 /// Help and version go to standard output and succeed; everything else is a wrong command line.
-fn refuse(error: &clap::Error) -> Code {
-    // Failing to print a message leaves no better place to say so.
-    let _ = error.print();
-    match error.use_stderr() {
-        true => Code::Usage,
-        false => Code::Ok,
+fn refuse(error: &clap::Error, as_json: bool) -> Code {
+    if !error.use_stderr() {
+        // Failing to print help leaves no better place to say so.
+        let _ = error.print();
+        return Code::Ok;
     }
+    match as_json {
+        true => output::print_failure(&Failure::usage(in_words(error)), true),
+        false => drop(error.print()),
+    }
+    Code::Usage
+}
+
+/// What clap has to say, without the usage and the pointer to `--help` that it prints for people.
+fn in_words(error: &clap::Error) -> String {
+    use clap::error::ErrorKind;
+    if matches!(error.kind(), ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand) {
+        return "arguments are missing; `--help` lists them".to_owned();
+    }
+    let text = error.render().to_string();
+    let said = text.split("\nUsage:").next().unwrap_or(&text);
+    let said = said.split("\nFor more information").next().unwrap_or(said);
+    let lines = said.trim_start_matches("error: ").lines().map(str::trim);
+    let lines: Vec<&str> = lines.filter(|line| !line.is_empty()).collect();
+    lines.join("; ").replace(":; ", ": ")
 }
 
 fn setup(global: Global) -> Result<App> {
@@ -230,8 +258,21 @@ impl Verb {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
     fn the_command_is_consistent() {
-        super::command().debug_assert();
+        command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_command_lines_are_said_in_one_line() {
+        let said = |args: &[&str]| in_words(&command().try_get_matches_from(args).unwrap_err());
+        let unknown = said(&["refit", "inspct", "x"]);
+        assert!(unknown.contains("'inspct'") && unknown.contains("inspect"), "{unknown}");
+        assert!(!unknown.contains('\n') && !unknown.contains("Usage"), "{unknown}");
+        let missing = said(&["refit", "eval", "m"]);
+        assert!(missing.contains("--text") && !missing.contains("error:"), "{missing}");
+        assert!(said(&["refit"]).contains("--help"));
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use refit_data::Tokenizer;
 use refit_nn::{BurnDevice, Decoder, Model};
 use refit_store::Artifact;
+use refit_store::adapter::Adapter;
 
 use crate::cli::App;
 use crate::failure::{Failure, Result};
@@ -35,6 +36,35 @@ pub fn load_decoder(app: &App, artifact: &Artifact, verb: &str) -> Result<Decode
         Model::Encoder(_) => Err(wrong_kind(artifact, verb, "a text encoder", "refit embed")),
         Model::Vision(_) => Err(wrong_kind(artifact, verb, "an image model", "refit classify")),
     }
+}
+
+/// Brings a language model to life with `adapters` on it.
+pub fn load_adapted(
+    app: &App,
+    artifact: &Artifact,
+    adapters: &[Adapter],
+    verb: &str,
+) -> Result<Decoder> {
+    let mut aligned = adapters.to_vec();
+    for adapter in &mut aligned {
+        adapter.align(artifact);
+        adapter.check_base(artifact)?;
+    }
+    let mut decoder = load_decoder(app, artifact, verb)?;
+    for adapter in &aligned {
+        let attached = refit_nn::adapter::attach(decoder, adapter);
+        decoder = attached.map_err(|error| Failure::from(error).about(adapter.path()))?;
+    }
+    Ok(decoder)
+}
+
+/// Opens adapters by their sources.
+pub fn adapters(app: &App, sources: &[String]) -> Result<Vec<Adapter>> {
+    let open = |source: &String| {
+        let path = inputs::pull(app, source, false)?.path;
+        Ok(Adapter::open(&path)?)
+    };
+    sources.iter().map(open).collect()
 }
 
 /// The failure of a model of the wrong kind.

@@ -81,8 +81,12 @@ fn code_of(error: &(dyn std::error::Error + 'static)) -> Code {
                 _ => Code::System,
             };
         }
-        if let Some(Store::DiskFull { .. } | Store::FileTooLarge { .. } | Store::Busy { .. }) =
-            store_error(error)
+        if let Some(
+            Store::DiskFull { .. }
+            | Store::FileTooLarge { .. }
+            | Store::Busy { .. }
+            | Store::Unreachable { .. },
+        ) = store_error(error)
         {
             return Code::System;
         }

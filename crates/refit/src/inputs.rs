@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use refit_data::corpus;
+use refit_data::{Records, corpus};
+use refit_methods::method::{TextData, TrainingData};
 use refit_store::architecture::Kind;
 use refit_store::source::{self, PullOptions, Pulled};
 use refit_store::{Artifact, hash};
@@ -25,6 +26,22 @@ pub struct Opened {
 
 /// Finds (or fetches) what a source string names.
 pub fn pull(app: &App, source: &str, refresh: bool) -> Result<Pulled> {
+    Ok(reach(app, source, refresh)?)
+}
+
+/// What a source string names, where it is on this machine already; `None` where it would have to be fetched.
+pub fn local(app: &App, source: &str) -> Result<Option<Pulled>> {
+    let cache = app.global.cache.clone();
+    let options = PullOptions { cache, offline: true, refresh: false };
+    match source::resolve(source, &options, &|_, _| {}) {
+        Ok(pulled) => Ok(Some(pulled)),
+        Err(refit_store::Error::Unreachable { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// As [`pull`], with the store's own error, which tells what cannot be reached from what is wrong.
+pub fn reach(app: &App, source: &str, refresh: bool) -> Result<Pulled, refit_store::Error> {
     let options = PullOptions { cache: app.global.cache.clone(), offline: false, refresh };
     // A stage is shown only when something is really fetched.
     let begun = std::cell::Cell::new(false);
@@ -36,12 +53,29 @@ pub fn pull(app: &App, source: &str, refresh: bool) -> Result<Pulled> {
     };
     let pulled = source::resolve(source, &options, &progress);
     app.progress.end();
-    Ok(pulled?)
+    pulled
+}
+
+/// For a dry run: says of models that are not on this machine yet that planning fetches them.
+pub fn announce(app: &App, sources: &[String]) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    for source in sources {
+        if local(app, source)?.is_none() {
+            let note = format!("{source} is not in the cache: planning fetches it");
+            app.progress.note(&note);
+            notes.push(note);
+        }
+    }
+    Ok(notes)
 }
 
 /// Finds and opens a model.
 pub fn open(app: &App, source: &str) -> Result<Opened> {
-    let path = pull(app, source, false)?.path;
+    open_at(source, pull(app, source, false)?.path)
+}
+
+/// Opens a model that was found.
+pub fn open_at(source: &str, path: PathBuf) -> Result<Opened> {
     let artifact = Arc::new(Artifact::open(&path)?);
     Ok(Opened { source: source.to_owned(), path, artifact })
 }
@@ -124,6 +158,31 @@ pub fn texts(sources: &[String]) -> Result<Vec<Text>> {
         )));
     }
     Ok(texts)
+}
+
+/// Training data: tables by their extension, everything else as plain text.
+pub fn training(sources: &[String]) -> Result<Vec<TrainingData>> {
+    let mut all = Vec::new();
+    for source in sources {
+        if is_table(source) {
+            all.push(TrainingData::Records(Arc::new(Records::open(source)?)));
+            continue;
+        }
+        let texts = texts(std::slice::from_ref(source))?;
+        all.extend(
+            texts
+                .into_iter()
+                .map(|text| TrainingData::Text(TextData { source: text.source, text: text.text })),
+        );
+    }
+    Ok(all)
+}
+
+/// Whether a source is a table of records.
+pub fn is_table(source: &str) -> bool {
+    let name = source.strip_suffix(".gz").unwrap_or(source).to_lowercase();
+    let tables = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"];
+    tables.iter().any(|extension| name.ends_with(extension))
 }
 
 fn builtin(name: &str) -> Result<Vec<Text>> {

@@ -1,13 +1,39 @@
 //! Ctrl-C: leave at once. Outputs are written under another name and journalled, so stopping at
 //! any instant leaves nothing half-written, and the same command resumes.
 
-use crate::failure::Code;
+use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::failure::{Code, Failure};
+use crate::output;
+
+/// Whether the verb at work keeps what it has finished for its next run.
+static RESUMES: AtomicBool = AtomicBool::new(false);
 
 /// Installs the handler for Ctrl-C, hang-up and termination.
-pub fn install() {
+pub fn install(as_json: bool) {
     // A second handler in the same process is the only possible error; it changes nothing.
-    let _ = ctrlc::set_handler(|| {
-        eprintln!("\ninterrupted: no output is half-written; run the same command again to resume");
+    let _ = ctrlc::set_handler(move || {
+        let resumes = RESUMES.load(Ordering::Relaxed);
+        let mut err = std::io::stderr();
+        if !as_json && err.is_terminal() {
+            // Below the bar that may stand there.
+            let _ = writeln!(err);
+        }
+        output::print_failure(&failure(resumes), as_json);
         std::process::exit(Code::Interrupted as i32);
     });
+}
+
+/// Says what kind of work begins.
+pub fn expect(resumes: bool) {
+    RESUMES.store(resumes, Ordering::Relaxed);
+}
+
+fn failure(resumes: bool) -> Failure {
+    let message = match resumes {
+        true => "interrupted: no output is half-written; run the same command again to resume",
+        false => "interrupted: nothing was written",
+    };
+    Failure { code: Code::Interrupted, message: message.to_owned() }
 }

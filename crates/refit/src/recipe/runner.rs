@@ -4,14 +4,17 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use refit_methods::method::Family;
+use refit_methods::method::{Family, Need};
 use refit_methods::registry;
+use refit_nn::Decoder;
+use refit_store::adapter::Adapter;
 use refit_store::{Artifact, Lineage, hash};
 use refit_train::eval::{self, Options, Reference, ReferenceCache, Segment};
 use refit_train::stats;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::preflight::{self, Found, Preflight};
 use super::record::{
     Arm, ArtifactRecord, Contest, Evaluation, Machine, RunRecord, SCHEMA, StepRecord,
 };
@@ -62,6 +65,11 @@ impl<'a> Runner<'a> {
     ) -> Result<Self> {
         let mut texts = BTreeMap::new();
         for (name, sources) in &recipe.data {
+            if sources.iter().any(|source| inputs::is_table(source)) {
+                // Tables are what models learn; reading them now finds what is missing.
+                inputs::training(sources).map_err(|f| f.within(format!("data `{name}`")))?;
+                continue;
+            }
             let read = inputs::texts(sources).map_err(|f| f.within(format!("data `{name}`")))?;
             texts.insert(name.clone(), read);
         }
@@ -80,15 +88,21 @@ impl<'a> Runner<'a> {
         Ok(Self { app, recipe, dir, record, texts, places: BTreeMap::new() })
     }
 
-    /// Runs every step that is not done yet and returns the record.
-    pub fn run(mut self) -> Result<RunRecord> {
-        let steps = self.dir.join("steps");
+    /// Finds everything that is wrong with the recipe before anything is written.
+    pub fn check(&self) -> Result<Preflight> {
         check_run_dir(&self.dir)?;
+        preflight::check(self.app, self.recipe, &self.texts)
+    }
+
+    /// Runs every step that is not done yet and returns the record.
+    pub fn run(mut self, mut checked: Preflight) -> Result<RunRecord> {
+        let steps = self.dir.join("steps");
         std::fs::create_dir_all(&steps).map_err(|e| Failure::io(&steps, "create", &e))?;
         let total = self.recipe.steps.len();
         for (index, step) in self.recipe.steps.iter().enumerate() {
-            self.app.progress.note(&format!("[{}/{total}] {}", index + 1, headline(step)));
-            self.step(step).map_err(|failure| failure.within(format!("step `{}`", step.name)))?;
+            self.app.progress.note(&format!("[{}/{total}] {}", index + 1, step.headline()));
+            self.step(step, &mut checked)
+                .map_err(|failure| failure.within(format!("step `{}`", step.name)))?;
             self.record.seconds = self.record.steps.iter().map(|step| step.seconds).sum();
             self.record.peak_memory = refit_train::measure::peak_memory();
             // Written after each step: an interrupted run can be looked at.
@@ -106,11 +120,12 @@ impl<'a> Runner<'a> {
         write_atomically(&self.dir.join("report.html"), page.as_bytes())
     }
 
-    fn step(&mut self, step: &Step) -> Result {
+    fn step(&mut self, step: &Step, checked: &mut Preflight) -> Result {
         match &step.work {
-            Work::Pull { source, fallback, label } => {
-                self.pull(&step.name, source, fallback.as_deref(), label)
-            }
+            Work::Pull { label, .. } => match checked.pulls.remove(&step.name) {
+                Some(found) => self.pull(&step.name, found, label),
+                None => Ok(()),
+            },
             Work::Apply { .. } => self.apply(&step.name, &step.work),
             Work::Eval { .. } => self.eval(&step.name, &step.work),
             Work::Report { contests } => {
@@ -123,22 +138,9 @@ impl<'a> Runner<'a> {
         }
     }
 
-    fn pull(&mut self, name: &str, source: &str, fallback: Option<&str>, label: &str) -> Result {
+    fn pull(&mut self, name: &str, found: Found, label: &str) -> Result {
         let start = Instant::now();
-        let (opened, used, note) = match inputs::open(self.app, source) {
-            Ok(opened) => (opened, source, None),
-            Err(failure) => {
-                let Some(other) = fallback else { return Err(failure) };
-                let opened = inputs::open(self.app, other)?;
-                let note = format!(
-                    "{source} could not be had, so this run used {other} instead: the numbers are those of \
-                     another model. ({})",
-                    failure.message
-                );
-                self.app.progress.note(&format!("warning: {note}"));
-                (opened, other, Some(note))
-            }
-        };
+        let Found { opened, used, note, seconds: finding } = found;
         let identity = identity(json!({"pull": used, "refit": env!("CARGO_PKG_VERSION")}));
         let (seconds, reused, fetched) = match self.done::<Fetched>(name, &identity)? {
             Some(done) if done.result.path == opened.path => (done.seconds, true, done.result),
@@ -146,14 +148,14 @@ impl<'a> Runner<'a> {
                 let artifact = ArtifactRecord {
                     name: name.to_owned(),
                     label: label.to_owned(),
-                    path: used.to_owned(),
-                    source: Some(used.to_owned()),
+                    path: used.clone(),
+                    source: Some(used.clone()),
                     content_hash: opened.artifact.content_hash()?,
                     seconds: 0.0,
                     ..sizes(&opened.artifact)
                 };
                 let fetched = Fetched { path: opened.path.clone(), artifact };
-                let seconds = start.elapsed().as_secs_f64();
+                let seconds = finding + start.elapsed().as_secs_f64();
                 self.finish(name, &identity, seconds, &fetched)?;
                 (seconds, false, fetched)
             }
@@ -166,25 +168,36 @@ impl<'a> Runner<'a> {
     }
 
     fn apply(&mut self, name: &str, work: &Work) -> Result {
-        let Work::Apply { method, to, with, data, label, group } = work else { return Ok(()) };
+        let Work::Apply { method, to, with, data, held_out, label, group } = work else {
+            return Ok(());
+        };
         let entry = registry::get(method)?;
         let configured = entry.from_value(with)?;
         let parameters = configured.parameters();
         let parents: Vec<&ArtifactRecord> =
             to.iter().filter_map(|t| self.record.artifact(t)).collect();
         let hashes: Vec<&str> = parents.iter().map(|p| p.content_hash.as_str()).collect();
-        let texts = data.as_ref().map_or(&[][..], |d| &self.texts[d]);
+        let trains = entry.info.inputs.data != Need::No;
+        let texts = match if trains { held_out } else { data } {
+            Some(name) => self.text(name)?,
+            None => &[],
+        };
         let text_hashes: Vec<String> = texts.iter().map(Text::sha256).collect();
+        let learned = data.as_ref().filter(|_| trains).map(|name| self.recipe.data[name].clone());
+        let learned = learned.unwrap_or_default();
+        let learned_hashes: Vec<String> =
+            inputs::training(&learned)?.iter().map(|data| data.sha256()).collect();
         let identity = identity(json!({
             "refit": env!("CARGO_PKG_VERSION"),
             "apply": method,
             "parameters": parameters,
             "parents": hashes,
             "texts": text_hashes,
+            "data": learned_hashes,
             "seed": self.recipe.seed,
         }));
         let out = self.dir.join(name);
-        let command = self.apply_command(name, method, to, with, texts);
+        let command = self.apply_command(name, method, to, with, texts, &learned);
         let finished = self.done::<ArtifactRecord>(name, &identity)?;
         let (seconds, reused, artifact) =
             match finished.filter(|_| Lineage::read(&out).is_ok_and(|l| l.is_some())) {
@@ -195,6 +208,7 @@ impl<'a> Runner<'a> {
                         method: configured,
                         models: to.iter().map(|t| self.places[t].display().to_string()).collect(),
                         text: texts.iter().map(|t| t.source.clone()).collect(),
+                        data: learned,
                         labelled: None,
                         out: Some(out.clone()),
                         seed: self.recipe.seed,
@@ -203,7 +217,7 @@ impl<'a> Runner<'a> {
                         resume: true,
                     };
                     let applied = request.run(self.app)?;
-                    let made = Artifact::open(&out)?;
+                    let made = Made::open(&out)?;
                     let mut artifact = ArtifactRecord {
                         name: name.to_owned(),
                         label: label.clone(),
@@ -215,9 +229,11 @@ impl<'a> Runner<'a> {
                         content_hash: made.content_hash()?,
                         seconds: applied.seconds,
                         report: applied.output.report,
-                        ..sizes(&made)
+                        ..made.sizes()
                     };
-                    describe_savings(&mut artifact, &made, &out, entry.info.family)?;
+                    if let Made::Model(made) = &made {
+                        describe_savings(&mut artifact, made, &out, entry.info.family)?;
+                    }
                     self.finish(name, &identity, applied.seconds, &artifact)?;
                     (applied.seconds, false, artifact)
                 }
@@ -235,6 +251,7 @@ impl<'a> Runner<'a> {
         to: &[String],
         with: &Value,
         texts: &[Text],
+        learned: &[String],
     ) -> String {
         let mut command = format!("refit apply {method}");
         for model in to {
@@ -246,8 +263,16 @@ impl<'a> Runner<'a> {
                 Value::Bool(true) => command.push_str(&format!(" --{flag}")),
                 Value::Bool(false) | Value::Null => {}
                 Value::String(text) => command.push_str(&format!(" --{flag} {text}")),
+                Value::Array(list) => {
+                    let word = |v: &Value| v.as_str().map_or(v.to_string(), str::to_owned);
+                    let words: Vec<String> = list.iter().map(word).collect();
+                    command.push_str(&format!(" --{flag} {}", words.join(",")));
+                }
                 other => command.push_str(&format!(" --{flag} {other}")),
             }
+        }
+        if !learned.is_empty() {
+            command.push_str(&format!(" --data {}", learned.join(" ")));
         }
         if !texts.is_empty() {
             let names: Vec<&str> = texts.iter().map(|t| t.source.as_str()).collect();
@@ -269,7 +294,7 @@ impl<'a> Runner<'a> {
 
     fn eval(&mut self, name: &str, work: &Work) -> Result {
         let Work::Eval { models, on, reference, window, max_tokens } = work else { return Ok(()) };
-        let texts = &self.texts[on];
+        let texts = self.text(on)?;
         // A budget of tokens is spent evenly over the texts.
         let each = max_tokens.map(|most| most.div_ceil(texts.len().max(1)));
         let options = Options {
@@ -305,8 +330,7 @@ impl<'a> Runner<'a> {
                 cache = Some(self.reference(models, reference.as_deref(), texts, &options)?);
             }
             let Some((segments, reference_cache)) = &cache else { continue };
-            let artifact = Artifact::open(&self.places[model])?;
-            let decoder = engine::load_decoder(self.app, &artifact, "run")?;
+            let decoder = self.decoder(model)?;
             let against = match reference_cache {
                 Some(cache) if reference.as_ref() != Some(model) => Reference::Cache(cache),
                 _ => Reference::None,
@@ -360,6 +384,39 @@ impl<'a> Runner<'a> {
         Ok(())
     }
 
+    /// The texts of an entry of `data`.
+    fn text(&self, name: &str) -> Result<&[Text]> {
+        self.texts.get(name).map(Vec::as_slice).ok_or_else(|| {
+            Failure::usage(format!(
+                "data `{name}` is a table of records, and plain text is needed here"
+            ))
+        })
+    }
+
+    /// Where the model lies that a name stands for: an adapter's base.
+    fn base(&self, name: &str) -> &Path {
+        let mut name = name;
+        while Adapter::is_adapter(&self.places[name]) {
+            let parent = self.record.artifact(name).and_then(|record| record.parents.first());
+            match parent {
+                Some(parent) => name = parent,
+                None => break,
+            }
+        }
+        &self.places[name]
+    }
+
+    /// Brings a model to life, or an adapter on its base.
+    fn decoder(&self, name: &str) -> Result<Decoder> {
+        let artifact = Artifact::open(self.base(name))?;
+        let place = &self.places[name];
+        let adapters = match Adapter::is_adapter(place) {
+            true => vec![Adapter::open(place)?],
+            false => Vec::new(),
+        };
+        engine::load_adapted(self.app, &artifact, &adapters, "run")
+    }
+
     /// Tokens of the texts, and the reference's answers to them, computed once for all arms.
     fn reference(
         &self,
@@ -371,10 +428,10 @@ impl<'a> Runner<'a> {
         let Some(first) = reference.or(models.first().map(String::as_str)) else {
             return Err(Failure::usage("there is no model to measure"));
         };
-        let artifact = Artifact::open(&self.places[first])?;
+        let artifact = Artifact::open(self.base(first))?;
         let tokenizer = engine::tokenizer(&artifact)?;
         for other in models.iter().filter(|m| *m != first) {
-            engine::tokenizer(&Artifact::open(&self.places[other])?)?.check_same(&tokenizer)?;
+            engine::tokenizer(&Artifact::open(self.base(other))?)?.check_same(&tokenizer)?;
         }
         let mut segments = Vec::new();
         for text in texts {
@@ -390,7 +447,7 @@ impl<'a> Runner<'a> {
         }
         let cache = match reference {
             Some(_) => {
-                let decoder = engine::load_decoder(self.app, &artifact, "run")?;
+                let decoder = self.decoder(first)?;
                 self.app.progress.begin("reference", 0, "");
                 let cache = ReferenceCache::fill(&decoder, &segments, options);
                 self.app.progress.end();
@@ -447,17 +504,6 @@ impl<'a> Runner<'a> {
     }
 }
 
-fn headline(step: &Step) -> String {
-    match &step.work {
-        Work::Pull { source, .. } => format!("pull {source}"),
-        Work::Apply { method, to, .. } => {
-            format!("apply {method} to {} -> {}", to.join(", "), step.name)
-        }
-        Work::Eval { models, .. } => format!("eval {}", models.join(", ")),
-        Work::Report { .. } => "report".to_owned(),
-    }
-}
-
 /// A run directory is new, empty, or one that an earlier run began: another one's files are not mixed with ours.
 fn check_run_dir(dir: &Path) -> Result {
     let foreign = match std::fs::read_dir(dir) {
@@ -475,17 +521,50 @@ fn check_run_dir(dir: &Path) -> Result {
     }
 }
 
-/// What each step would do, without doing it.
-pub fn describe(recipe: &Recipe) -> Vec<String> {
-    recipe.steps.iter().map(headline).collect()
-}
-
 fn identity(of: Value) -> String {
     hash::hex(of.to_string().as_bytes())
 }
 
 fn machine(app: &App) -> Machine {
     crate::machine::describe(app.global.device.as_str())
+}
+
+/// What a step wrote.
+enum Made {
+    Model(Box<Artifact>),
+    Adapter(Box<Adapter>),
+}
+
+impl Made {
+    fn open(path: &Path) -> Result<Self> {
+        Ok(match Adapter::is_adapter(path) {
+            true => Self::Adapter(Box::new(Adapter::open(path)?)),
+            false => Self::Model(Box::new(Artifact::open(path)?)),
+        })
+    }
+
+    fn content_hash(&self) -> Result<String> {
+        Ok(match self {
+            Self::Model(artifact) => artifact.content_hash()?,
+            Self::Adapter(adapter) => adapter.content_hash()?,
+        })
+    }
+
+    fn sizes(&self) -> ArtifactRecord {
+        match self {
+            Self::Model(artifact) => sizes(artifact),
+            Self::Adapter(adapter) => {
+                let parts: usize = adapter.parts().iter().map(|p| p.form.parameters()).sum();
+                let prompt = adapter.prompt().map_or(0, |p| p.table().values.len());
+                let parameters = (parts + prompt) as u64;
+                ArtifactRecord {
+                    parameter_count: parameters,
+                    bytes: 4 * parameters,
+                    ..ArtifactRecord::default()
+                }
+            }
+        }
+    }
 }
 
 fn sizes(artifact: &Artifact) -> ArtifactRecord {

@@ -31,6 +31,16 @@ pub struct Recipe {
     pub steps: Vec<Step>,
 }
 
+impl Recipe {
+    /// Sources of the models that it pulls.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        self.steps.iter().filter_map(|step| match &step.work {
+            Work::Pull { source, .. } => Some(source.as_str()),
+            _ => None,
+        })
+    }
+}
+
 /// One step.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -38,6 +48,20 @@ pub struct Step {
     pub name: String,
     /// What it does.
     pub work: Work,
+}
+
+impl Step {
+    /// What it does, in a line.
+    pub fn headline(&self) -> String {
+        match &self.work {
+            Work::Pull { source, .. } => format!("pull {source}"),
+            Work::Apply { method, to, .. } => {
+                format!("apply {method} to {} -> {}", to.join(", "), self.name)
+            }
+            Work::Eval { models, .. } => format!("eval {}", models.join(", ")),
+            Work::Report { .. } => "report".to_owned(),
+        }
+    }
 }
 
 /// What a step does.
@@ -60,8 +84,10 @@ pub enum Work {
         to: Vec<String>,
         /// Its parameters.
         with: Value,
-        /// Name of a text in `data`.
+        /// Name of an entry in `data`: calibration text, or what the model learns.
         data: Option<String>,
+        /// Name of a text in `data` that a method which trains is measured on.
+        held_out: Option<String>,
         /// Label in tables.
         label: String,
         /// Arms of one group are drawn together.
@@ -131,6 +157,7 @@ struct RawStep {
     to: Option<OneOrMany>,
     with: Option<Value>,
     data: Option<String>,
+    held_out: Option<String>,
     on: Option<String>,
     reference: Option<String>,
     window: Option<usize>,
@@ -284,6 +311,7 @@ fn check_step(
         ("to", raw.to.is_some(), &["apply"]),
         ("with", raw.with.is_some(), &["apply"]),
         ("data", raw.data.is_some(), &["apply"]),
+        ("held_out", raw.held_out.is_some(), &["apply"]),
         ("on", raw.on.is_some(), &["eval"]),
         ("reference", raw.reference.is_some(), &["eval"]),
         ("window", raw.window.is_some(), &["eval"]),
@@ -321,13 +349,14 @@ fn check_step(
             ));
         }
         to.iter().try_for_each(known_model)?;
-        raw.data.iter().try_for_each(known_data)?;
+        raw.data.iter().chain(&raw.held_out).try_for_each(known_data)?;
         let with = raw.with.unwrap_or(Value::Null);
         // Wrong parameters are found before anything is run.
         entry.from_value(&with)?;
         let label = raw.label.unwrap_or_else(|| entry.info.title.to_owned());
         let group = raw.group.unwrap_or_default();
-        (method.clone(), Work::Apply { method, to, with, data: raw.data, label, group })
+        let (data, held_out) = (raw.data, raw.held_out);
+        (method.clone(), Work::Apply { method, to, with, data, held_out, label, group })
     } else if let Some(list) = raw.eval {
         let list = list.list();
         list.iter().chain(&raw.reference).try_for_each(known_model)?;

@@ -218,8 +218,18 @@ pub fn scatter(points: &[Point], x_name: &str, y_name: &str) -> String {
         Esc(x_name)
     );
     let places: Vec<(f64, f64)> = points.iter().map(|p| (x.at(p.x), y.at(p.y))).collect();
-    let labels = place_labels(&points, &places, WIDTH, HEIGHT - 44.0);
-    for ((point, (px, py)), label) in points.iter().zip(&places).zip(&labels) {
+    // Labels first: their halos must not eat into the points of others.
+    for (point, label) in points.iter().zip(place_labels(&points, &places, WIDTH, HEIGHT - 44.0)) {
+        let _ = write!(
+            out,
+            r#"<text class="halo" x="{:.1}" y="{:.1}" text-anchor="{}">{}</text>"#,
+            label.x,
+            label.y,
+            label.anchor,
+            Esc(&point.label)
+        );
+    }
+    for (point, (px, py)) in points.iter().zip(&places) {
         let style = if point.ring {
             format!(r#"class="s{}" fill="var(--panel)" stroke-width="2.5""#, point.colour)
         } else {
@@ -227,41 +237,56 @@ pub fn scatter(points: &[Point], x_name: &str, y_name: &str) -> String {
         };
         let _ = write!(
             out,
-            r#"<g><title>{0}: {1} at {2}</title><circle {style} cx="{px:.1}" cy="{py:.1}" r="5.5"/><text class="halo" x="{3:.1}" y="{4:.1}">{0}</text></g>"#,
+            r#"<circle {style} cx="{px:.1}" cy="{py:.1}" r="5.5"><title>{0}: {1} at {2}</title></circle>"#,
             Esc(&point.label),
             plain(point.y),
             plain(point.x),
-            label.0,
-            label.1,
         );
     }
     out.push_str("</svg>");
     out
 }
 
+/// Where a label goes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Label {
+    x: f64,
+    y: f64,
+    /// Which end of the text `x` is: anchored at the point's side, a label keeps its distance in any font.
+    anchor: &'static str,
+}
+
 /// Picks for each point the first of eight places around it where its label hits no point, no other
 /// label and no edge.
-fn place_labels(points: &[&Point], at: &[(f64, f64)], width: f64, height: f64) -> Vec<(f64, f64)> {
+fn place_labels(points: &[&Point], at: &[(f64, f64)], width: f64, height: f64) -> Vec<Label> {
     type Box = (f64, f64, f64, f64);
     let hit = |a: &Box, b: &Box| a.0 < b.2 && b.0 < a.2 && a.1 < b.3 && b.1 < a.3;
     let mut taken: Vec<Box> =
         at.iter().map(|(x, y)| (x - 7.0, y - 7.0, x + 7.0, y + 7.0)).collect();
     let mut labels = Vec::with_capacity(points.len());
     for (point, &(x, y)) in points.iter().zip(at) {
-        // 7 units per character is a safe width at this font size.
-        let w = point.label.chars().count() as f64 * 7.0;
+        // 8.2 units per character is a safe width at this font size, in wide fonts too.
+        let w = point.label.chars().count() as f64 * 8.2;
         let candidates = [
-            (x + 11.0, y + 4.5),
-            (x - 11.0 - w, y + 4.5),
-            (x - w / 2.0, y - 12.0),
-            (x - w / 2.0, y + 22.0),
-            (x + 9.0, y - 9.0),
-            (x + 9.0, y + 18.0),
-            (x - 9.0 - w, y - 9.0),
-            (x - 9.0 - w, y + 18.0),
-        ];
-        let area = |(lx, ly): (f64, f64)| (lx, ly - 12.0, lx + w, ly + 4.0);
-        let fits = |place: &(f64, f64)| {
+            (x + 11.0, y + 4.5, "start"),
+            (x - 11.0, y + 4.5, "end"),
+            (x, y - 12.0, "middle"),
+            (x, y + 22.0, "middle"),
+            (x + 9.0, y - 9.0, "start"),
+            (x + 9.0, y + 18.0, "start"),
+            (x - 9.0, y - 9.0, "end"),
+            (x - 9.0, y + 18.0, "end"),
+        ]
+        .map(|(x, y, anchor)| Label { x, y, anchor });
+        let area = |label: Label| {
+            let left = match label.anchor {
+                "start" => label.x,
+                "end" => label.x - w,
+                _ => label.x - w / 2.0,
+            };
+            (left, label.y - 12.0, left + w, label.y + 4.0)
+        };
+        let fits = |place: &Label| {
             let b = area(*place);
             b.0 >= 46.0
                 && b.2 <= width
@@ -289,7 +314,7 @@ pub struct Stack {
 pub fn stacked(rows: &[Stack], series: &[String], name: &str) -> String {
     const WIDTH: f64 = 480.0;
     const LABEL: f64 = 84.0;
-    const ROW: f64 = 30.0;
+    const ROW: f64 = 36.0;
     let height = 34.0 + ROW * rows.len() as f64 + 10.0;
     let mut out = String::new();
     let _ = write!(
@@ -314,7 +339,7 @@ pub fn stacked(rows: &[Stack], series: &[String], name: &str) -> String {
             out,
             r#"<text x="{:.1}" y="{:.1}" text-anchor="end">{}</text>"#,
             LABEL - 12.0,
-            y + 15.5,
+            y + 17.5,
             Esc(&row.label)
         );
         let total: f64 = row.parts.iter().sum();
@@ -323,7 +348,7 @@ pub fn stacked(rows: &[Stack], series: &[String], name: &str) -> String {
             let w = part / total * (WIDTH - LABEL);
             let _ = write!(
                 out,
-                r#"<rect class="f1" opacity="{:.2}" x="{x:.1}" y="{y:.1}" width="{:.1}" height="21" rx="2"><title>{}: {} of {}</title></rect>"#,
+                r#"<rect class="f1" opacity="{:.2}" x="{x:.1}" y="{y:.1}" width="{:.1}" height="26" rx="2"><title>{}: {} of {}</title></rect>"#,
                 shade(series_index, series.len()),
                 (w - 1.5).max(0.5),
                 Esc(&series[series_index]),
@@ -362,7 +387,7 @@ mod tests {
         let placed = place_labels(&refs, &[(300.0, 150.0), (300.0, 152.0)], 480.0, 300.0);
         assert_ne!(placed[0], placed[1]);
         assert!(
-            (placed[0].0 - placed[1].0).abs() > 20.0 || (placed[0].1 - placed[1].1).abs() > 12.0
+            (placed[0].x - placed[1].x).abs() > 20.0 || (placed[0].y - placed[1].y).abs() > 12.0
         );
     }
 

@@ -15,6 +15,9 @@ use html::Esc;
 /// The page's look: colours, type, print rules.
 const STYLE: &str = include_str!("style.css");
 
+/// By which a report is known; the version follows.
+const GENERATOR: &str = "<meta name=\"generator\" content=\"refit ";
+
 /// Which look a report is fixed to; readers' own setting decides when none is given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Theme {
@@ -39,7 +42,7 @@ pub fn render(run: &RunRecord, theme: Theme) -> String {
         page,
         "<!doctype html>\n<html lang=\"en\"{attribute}>\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"generator\" content=\"refit {}\">\n<title>{}</title>\n<style>\n{STYLE}</style>\n\
+         {GENERATOR}{}\">\n<title>{}</title>\n<style>\n{STYLE}</style>\n\
          </head>\n<body>\n<main>\n",
         Esc(&run.refit),
         Esc(&run.title)
@@ -54,6 +57,11 @@ pub fn render(run: &RunRecord, theme: Theme) -> String {
     sections::machine(&mut page, run);
     page.push_str("</main>\n</body>\n</html>\n");
     page
+}
+
+/// Whether a file that begins like this is a report that refit made.
+pub fn is_report(head: &str) -> bool {
+    head.starts_with("<!doctype html>") && head.contains(GENERATOR)
 }
 
 /// Groups in the order in which their first member appears, with the arms of each (indices into
@@ -229,6 +237,7 @@ mod tests {
             assert!(!page.contains(word), "{word}");
         }
         assert!(page.len() < 200_000);
+        assert!(is_report(&page) && !is_report("<!doctype html>\n<p>mine</p>"));
     }
 
     #[test]

@@ -98,11 +98,18 @@ fn contest(run: &RunRecord, contest: &Contest) -> Option<String> {
         };
         let _ = write!(
             out,
-            "<p class=\"fine\">Difference in nats per token, paired bootstrap over windows, 95 %: {low:+.3} to {high:+.3}, {verdict}.</p>"
+            "<p class=\"fine\">Difference in nats per token, paired bootstrap over windows, 95 %: {} to {}, {verdict}.</p>",
+            signed(low),
+            signed(high)
         );
     }
     out.push_str("</div>\n");
     Some(out)
+}
+
+/// A number with its sign, minus as it is set in print.
+fn signed(value: f64) -> String {
+    format!("{value:+.3}").replace('-', "−")
 }
 
 pub(super) fn figure(page: &mut String, title: &str, caption: &str, svg: &str) {

@@ -6,13 +6,15 @@ use std::time::Instant;
 
 use clap::{ArgAction, ArgMatches, Command};
 use refit_methods::method::{
-    Context, Family, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData, Unit,
+    AdapterInput, Context, Family, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData,
+    Unit,
 };
 use refit_methods::registry::{self, Entry};
-use refit_store::ArtifactWriter;
+use refit_store::adapter::Adapter;
+use refit_store::{Artifact, ArtifactWriter};
 use serde_json::{Value, json};
 
-use crate::cli::App;
+use crate::cli::{App, DeviceName};
 use crate::failure::{Code, Failure, Result};
 use crate::inputs;
 use crate::output::{self, Outcome};
@@ -39,14 +41,18 @@ pub fn command() -> Command {
 
 fn method_command(entry: &Entry) -> Command {
     let spec = entry.info.inputs;
+    let (value, help) = match spec.adapters {
+        Need::No => ("MODEL", "Models: directories, files or sources"),
+        _ => ("MODEL_OR_ADAPTER", "The model, and the adapters: directories, files or sources"),
+    };
     let models = clap::Arg::new("models")
-        .value_name("MODEL")
-        .help("Models: directories, files or sources")
+        .value_name(value)
+        .help(help)
         .num_args(1..)
         .required(spec.min_models > 0)
         .help_heading(None::<&str>);
     let mut command = entry.command().arg(models).next_help_heading("Output and inputs");
-    if entry.info.output == OutputKind::Model {
+    if entry.info.output != OutputKind::Report {
         command = command
             .arg(
                 clap::Arg::new("out")
@@ -61,6 +67,19 @@ fn method_command(entry: &Entry) -> Command {
                 "no-resume",
                 "Start over instead of going on where an interrupted run stopped",
             ));
+    }
+    if spec.data != Need::No {
+        command = command.arg(
+            clap::Arg::new("data")
+                .long("data")
+                .value_name("FILE")
+                .action(ArgAction::Append)
+                .num_args(1..)
+                .help(
+                    "What to learn: .jsonl, .csv or .parquet with `messages`, `prompt` and `completion`, or `text`; else plain \
+                     text (files, or builtin:kjv-calib)",
+                ),
+        );
     }
     if spec.text != Need::No {
         command = command.arg(
@@ -118,6 +137,7 @@ pub fn run(app: &App, matches: &ArgMatches) -> Result<Outcome> {
     let given = |id: &str| matches.try_get_many::<String>(id).ok().flatten();
     let models: Vec<String> = given("models").into_iter().flatten().cloned().collect();
     let text: Vec<String> = given("text").into_iter().flatten().cloned().collect();
+    let data: Vec<String> = given("data").into_iter().flatten().cloned().collect();
     let path = |id: &str| matches.try_get_one::<PathBuf>(id).ok().flatten().cloned();
     let set = |id: &str| matches!(matches.try_get_one::<bool>(id), Ok(Some(true)));
     let request = Request {
@@ -125,16 +145,26 @@ pub fn run(app: &App, matches: &ArgMatches) -> Result<Outcome> {
         method: entry.from_matches(matches)?,
         models,
         text,
+        data,
         labelled: path("labelled"),
         out: path("out"),
         seed: matches.get_one::<u64>("seed").copied().unwrap_or(0),
         force: set("force"),
         resume: !set("no-resume"),
     };
+    if app.global.device != DeviceName::Cpu {
+        app.progress.note(&on_the_cpu(app));
+    }
     match set("dry-run") {
         true => request.dry_run(app),
         false => Ok(request.run(app)?.outcome()),
     }
+}
+
+/// What to say where `--device` asks for something that methods do not use.
+pub fn on_the_cpu(app: &App) -> String {
+    let device = app.global.device.as_str();
+    format!("note: --device {device}: methods compute on the CPU; evaluation uses the device")
 }
 
 /// One method with its parameters and everything that it is applied to.
@@ -147,6 +177,8 @@ pub struct Request {
     pub models: Vec<String>,
     /// Text files or corpora.
     pub text: Vec<String>,
+    /// Files of training data.
+    pub data: Vec<String>,
     /// Folder of labelled images.
     pub labelled: Option<PathBuf>,
     /// Where the result goes.
@@ -171,23 +203,37 @@ pub struct Applied {
 
 impl Request {
     fn inputs(&self, app: &App) -> Result<Inputs> {
-        let mut models = Vec::new();
+        let (mut models, mut adapters) = (Vec::new(), Vec::new());
         for source in &self.models {
-            let opened = inputs::open(app, source)?;
-            opened.artifact.check_fit()?;
-            models.push(ModelInput { source: source.clone(), artifact: opened.artifact });
+            let path = inputs::pull(app, source, false)?.path;
+            if Adapter::is_adapter(&path) {
+                adapters.push((source.clone(), Adapter::open(&path)?));
+                continue;
+            }
+            let artifact = Arc::new(Artifact::open(&path)?);
+            artifact.check_fit()?;
+            models.push(ModelInput { source: source.clone(), artifact });
         }
+        let adapters = adapters
+            .into_iter()
+            .map(|(source, mut adapter)| {
+                models.iter().take(1).for_each(|model| adapter.align(&model.artifact));
+                AdapterInput { source, adapter: Arc::new(adapter) }
+            })
+            .collect();
         let text = inputs::texts(&self.text)?
             .into_iter()
             .map(|text| TextData { source: text.source, text: text.text })
             .collect();
         let labelled = self.labelled.as_deref().map(inputs::labelled_images).transpose()?;
-        Ok(Inputs { models, text, labelled: labelled.map(Labelled::Images) })
+        let data = inputs::training(&self.data)?;
+        let labelled = labelled.map(Labelled::Images);
+        Ok(Inputs { models, text, labelled, data, adapters })
     }
 
     /// Everything that is checked before work starts.
     fn prepare(&self, app: &App) -> Result<(Inputs, Plan)> {
-        if self.entry.info.output == OutputKind::Model && self.out.is_none() {
+        if self.entry.info.output != OutputKind::Report && self.out.is_none() {
             return Err(Failure::usage(format!(
                 "{}: say where the result goes: -o DIR",
                 self.entry.info.name
@@ -217,7 +263,9 @@ impl Request {
 
     /// Prints the plan.
     pub fn dry_run(&self, app: &App) -> Result<Outcome> {
-        let (_, plan) = self.prepare(app)?;
+        let fetched = inputs::announce(app, &self.models)?;
+        let (_, mut plan) = self.prepare(app)?;
+        plan.notes.extend(fetched);
         let mut text = format!("{} would be applied to {}\n", plan.method, self.models.join(", "));
         if let Some(out) = &self.out {
             text.push_str(&format!("and written to {}\n", out.display()));
@@ -275,6 +323,7 @@ impl Request {
     fn give_up(&self, error: refit_methods::Error, absent: &[&Path]) -> Failure {
         use refit_methods::Error;
         let runs_the_model = matches!(error, Error::Model(_) | Error::Train(_));
+        // Checkpoints stay: the newest is what a run with other settings may want to look at.
         let failure = Failure::from(error);
         if let Some(out) = &self.out
             && failure.code == Code::Usage
@@ -377,6 +426,10 @@ impl refit_methods::method::Progress for Bars {
 
     fn end(&self) {
         self.0.end();
+    }
+
+    fn status(&self, words: &str) {
+        self.0.status(words);
     }
 
     fn note(&self, message: &str) {

@@ -1,6 +1,7 @@
 //! `refit card ARTIFACT`: the model card, made from facts and the manifest; people's text is kept.
 
-use refit_store::card::{Card, FILE_NAME};
+use refit_store::adapter::Adapter;
+use refit_store::card::{Card, FILE_NAME, Fact};
 use refit_store::{Lineage, lineage::FileRecord};
 use serde_json::json;
 
@@ -46,7 +47,12 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         card.merge_human(older);
     }
     let census = artifact.tensors().iter().map(|t| (t.dtype.to_string(), t.numel() as u64));
+    let base = card.architecture.clone();
     card.take_weights(artifact.architecture(), artifact.format(), census);
+    if Adapter::is_adapter(&dir) && matches!(base, Fact::Known(_)) {
+        // An adapter's own tensors do not show the model that it is for; the run that wrote it knew.
+        card.architecture = base;
+    }
     if card.files.is_empty() {
         card.files = artifact
             .file_hashes()?

@@ -63,6 +63,9 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         });
         return Ok(Outcome::new(json, text));
     }
+    if let Some(dir) = &args.out {
+        super::check_writable(dir)?;
+    }
     let work = super::cache_dir(app)?.join("claims").join(&args.method);
     let resolve = |source: &str| match inputs::pull(app, source, false) {
         Ok(pulled) => Ok(pulled.path),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::cli::App;
 use crate::engine;
 use crate::failure::{Failure, Result};
-use crate::inputs;
+use crate::inputs::{self, Text};
 use crate::output::Outcome;
 
 /// Turn each line of a text into a vector
@@ -16,7 +16,7 @@ use crate::output::Outcome;
 pub struct Args {
     /// The encoder
     model: String,
-    /// Text files; one vector per line that is not empty
+    /// Text files; one vector per line, in their order, also for lines that are empty
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     text: Vec<String>,
     /// Sequences per forward pass
@@ -36,12 +36,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let model = inputs::open(app, &args.model)?;
     inputs::check_kind(&model.artifact, "embed")?;
     let texts = inputs::texts(&args.text)?;
-    let lines: Vec<&str> = texts
-        .iter()
-        .flat_map(|t| t.text.lines())
-        .map(str::trim)
-        .filter(|l| !l.is_empty())
-        .collect();
+    // Lines as they are: whoever counts them finds line i's vector at place i.
+    let lines: Vec<&str> = texts.iter().flat_map(|t| t.text.lines()).collect();
     let tokenizer = engine::tokenizer(&model.artifact)?;
     let Model::Encoder(encoder) = engine::load(app, &model.artifact)? else {
         return Err(engine::wrong_kind(
@@ -54,6 +50,9 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let recipe = recipe(&model.path)?;
     let longest = recipe.max_tokens.unwrap_or(usize::MAX).min(encoder.max_tokens());
     let mut sequences = tokenizer.encode_batch(&lines, true)?;
+    if let Some(i) = sequences.iter().position(Vec::is_empty) {
+        return Err(no_tokens(&texts, i));
+    }
     let cut = sequences.iter().filter(|ids| ids.len() > longest).count();
     for ids in &mut sequences {
         if ids.len() > longest {
@@ -103,6 +102,22 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         "truncated": cut,
     });
     Ok(Outcome::new(json, text))
+}
+
+/// The failure of a line of which the tokenizer makes nothing, not even a special token.
+fn no_tokens(texts: &[Text], mut line: usize) -> Failure {
+    for text in texts {
+        let lines = text.text.lines().count();
+        if line < lines {
+            return Failure::usage(format!(
+                "{}: line {}: no tokens; this model cannot embed an empty line, remove it",
+                text.source,
+                line + 1
+            ));
+        }
+        line -= lines;
+    }
+    Failure::usage("a line has no tokens; remove it")
 }
 
 /// As the model's own sentence-transformers files say; mean pooling and unit length for a bare encoder.

@@ -18,6 +18,9 @@ pub struct Args {
     /// Text files, put together in this order, or builtin:held-out, builtin:kjv, builtin:man, builtin:wordnet
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     text: Vec<String>,
+    /// Adapters to put on the model, in this order
+    #[arg(long, value_name = "ADAPTER", num_args = 1..)]
+    adapter: Vec<String>,
     /// Tokens per window; windows do not overlap and all but the first token of each are scored
     /// [default: 1024, or the model's context where that is shorter]
     #[arg(long, value_name = "N")]
@@ -45,6 +48,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let context = model.artifact.architecture().dims.context;
     let window = args.window.unwrap_or_else(|| WINDOW.min(context.unwrap_or(WINDOW)));
     let texts = inputs::texts(&args.text)?;
+    let adapters = engine::adapters(app, &args.adapter)?;
     let tokenizer = engine::tokenizer(&model.artifact)?;
     let ids = engine::encode(&tokenizer, &texts)?;
     check_window(&texts, ids.len(), window, context)?;
@@ -58,7 +62,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         }
         None => None,
     };
-    let decoder = engine::load_decoder(app, &model.artifact, "eval")?;
+    let decoder = engine::load_adapted(app, &model.artifact, &adapters, "eval")?;
     let reference = reference.as_ref().map_or(Reference::None, |other| Reference::Model(other));
     let found = measure(app, &decoder, ids, &options, reference, &args.model)
         .map_err(|failure| inputs::blame_weights(&model.artifact, failure))?;

@@ -17,6 +17,9 @@ use crate::output::Outcome;
 pub struct Args {
     /// The language model
     model: String,
+    /// Adapters to put on the model, in this order
+    #[arg(long, value_name = "ADAPTER", num_args = 1..)]
+    adapter: Vec<String>,
     /// What to continue
     #[arg(long, short)]
     prompt: String,
@@ -64,6 +67,7 @@ fn probability(text: &str) -> Result<f32, String> {
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let model = inputs::open(app, &args.model)?;
     inputs::check_kind(&model.artifact, "generate")?;
+    let adapters = engine::adapters(app, &args.adapter)?;
     let tokenizer = engine::tokenizer(&model.artifact)?;
     let ids = if args.chat {
         let mut messages = Vec::new();
@@ -79,7 +83,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if ids.is_empty() {
         return Err(Failure::usage("--prompt: the prompt has no tokens; give at least one word"));
     }
-    let decoder = engine::load_decoder(app, &model.artifact, "generate")?;
+    let decoder = engine::load_adapted(app, &model.artifact, &adapters, "generate")?;
     let options = Options {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -112,9 +116,12 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if let Some(error) = trouble {
         return Err(error.into());
     }
-    show(&stream.finish()?, &mut text);
+    let open = show(&stream.finish()?, &mut text);
     if stream_out {
-        println!();
+        if open {
+            // As above: a reader that has seen enough is no error.
+            let _ = writeln!(std::io::stdout());
+        }
         app.progress.note(&format!(
             "{} tokens, {:.1} tokens/s, first after {:.2} s",
             done.tokens.len(),

@@ -1,7 +1,5 @@
 //! `refit lineage ARTIFACT`: verifies the manifest against the bytes on disk and walks the parents.
 
-use std::path::PathBuf;
-
 use refit_store::Lineage;
 use refit_store::lineage::{ParentStatus, Verification};
 use refit_store::source::{self, PullOptions};
@@ -9,13 +7,14 @@ use serde_json::json;
 
 use crate::cli::App;
 use crate::failure::Result;
+use crate::inputs;
 use crate::output::Outcome;
 
 /// Verify an artifact's lineage: recompute every hash, here and in every parent that can be found
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Model directory that refit wrote
-    artifact: PathBuf,
+    /// Model that refit wrote: a directory, or any other source
+    artifact: String,
 }
 
 /// Verifies; a mismatch is exit code 1.
@@ -24,13 +23,14 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let options =
         PullOptions { cache: app.global.cache.clone(), offline: true, ..PullOptions::default() };
     let find = |source: &str| source::resolve(source, &options, &|_, _| {}).ok().map(|p| p.path);
-    let checked = Lineage::verify_with(&args.artifact, &find)?;
-    let manifest = Lineage::read(&args.artifact)?;
+    let artifact = inputs::pull(app, &args.artifact, false)?.path;
+    let checked = Lineage::verify_with(&artifact, &find)?;
+    let manifest = Lineage::read(&artifact)?;
     let mut text = String::new();
     if let Some(manifest) = &manifest {
         text.push_str(&format!(
             "{} · {} (refit {})\n",
-            args.artifact.display(),
+            artifact.display(),
             manifest.method,
             manifest.refit
         ));

@@ -110,7 +110,9 @@ fn needs(spec: &InputSpec) -> String {
         Need::Optional => format!(", maybe {what}"),
         Need::Required => format!(", {what}"),
     };
-    format!("{models}{}{}", data(spec.text, "text"), data(spec.labelled, "labels"))
+    let adapters = data(spec.adapters, "adapters");
+    let (text, labels) = (data(spec.text, "text"), data(spec.labelled, "labels"));
+    format!("{models}{adapters}{}{text}{labels}", data(spec.data, "examples"))
 }
 
 /// Show one method: what it does, its parameters with the paper's defaults, its claim

@@ -52,6 +52,29 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result {
     )
 }
 
+/// Refuses a directory that could not be made or written to, before long work whose results go there.
+pub fn check_writable(dir: &Path) -> Result {
+    let mut above = dir.ancestors().map(|above| match above.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => above,
+    });
+    let Some(nearest) = above.find(|above| above.symlink_metadata().is_ok()) else {
+        return Err(Failure::usage(format!("{}: no such directory", dir.display())));
+    };
+    if !nearest.is_dir() {
+        return Err(Failure::usage(format!(
+            "{}: {} is not a directory; name another one",
+            dir.display(),
+            nearest.display()
+        )));
+    }
+    // Asking for permission bits says less than trying: file systems can be read-only.
+    let trial = nearest.join(format!(".refit-{}", std::process::id()));
+    std::fs::write(&trial, "")
+        .and_then(|()| std::fs::remove_file(&trial))
+        .map_err(|source| Failure::io(nearest, "write", &source).about(dir))
+}
+
 /// The directory that a file lies in; `.` for a bare name.
 pub fn parent(path: &Path) -> PathBuf {
     match path.parent() {

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use crate::cli::App;
 use crate::failure::Result;
+use crate::inputs;
 use crate::output::{self, Outcome};
 use crate::report::number;
 
@@ -24,18 +25,9 @@ pub struct Args {
 /// Resolves the source.
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if args.dry_run {
-        let cache = super::cache_dir(app)?;
-        let text = format!(
-            "would look for {} in {}, and fetch it if it is not there",
-            args.source,
-            cache.display()
-        );
-        return Ok(Outcome::new(
-            json!({"source": args.source, "cache": cache, "dry_run": true}),
-            text,
-        ));
+        return dry_run(app, &args);
     }
-    let pulled = crate::inputs::pull(app, &args.source, args.refresh)?;
+    let pulled = inputs::pull(app, &args.source, args.refresh)?;
     let bytes: u64 = pulled.files.iter().map(|file| file.size).sum();
     let mut rows =
         vec![("path", pulled.path.display().to_string()), ("source", pulled.source.clone())];
@@ -56,4 +48,27 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         "files": pulled.files,
     });
     Ok(Outcome::new(json, output::facts(rows)))
+}
+
+/// Parses the source and looks into the cache.
+fn dry_run(app: &App, args: &Args) -> Result<Outcome> {
+    let cache = super::cache_dir(app)?;
+    let found = inputs::local(app, &args.source)?;
+    let text = match &found {
+        Some(pulled) if !args.refresh => {
+            format!("{} is here already: {}", args.source, pulled.path.display())
+        }
+        Some(_) => format!("would fetch {} again into {}", args.source, cache.display()),
+        None => {
+            format!("{} is not in the cache; would fetch it into {}", args.source, cache.display())
+        }
+    };
+    let json = json!({
+        "source": args.source,
+        "cache": cache,
+        "cached": found.is_some(),
+        "path": found.map(|pulled| pulled.path),
+        "dry_run": true,
+    });
+    Ok(Outcome::new(json, text))
 }

@@ -1,11 +1,12 @@
 //! `refit report RUN`: draws the report of a run again from its `run.json`.
 
-use std::path::PathBuf;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
 use crate::cli::App;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::output::Outcome;
 use crate::recipe::record::RunRecord;
 use crate::report::{self, Theme, number};
@@ -21,6 +22,9 @@ pub struct Args {
     /// Fix the page's look instead of following the reader's system
     #[arg(long, value_enum, default_value_t)]
     theme: Theme,
+    /// Replace a file that is not a report
+    #[arg(long)]
+    force: bool,
     /// Say what would be written, and write nothing
     #[arg(long)]
     dry_run: bool,
@@ -34,6 +38,9 @@ pub fn run(_app: &App, args: Args) -> Result<Outcome> {
         let dir = if args.run.is_dir() { Some(args.run.as_path()) } else { args.run.parent() };
         dir.map_or_else(|| PathBuf::from("report.html"), |dir| dir.join("report.html"))
     });
+    if !args.force {
+        check_target(&out)?;
+    }
     let size = page.len() as u64;
     if !args.dry_run {
         super::write_atomically(&out, page.as_bytes())?;
@@ -42,4 +49,21 @@ pub fn run(_app: &App, args: Args) -> Result<Outcome> {
     let text = format!("{done} {} ({})", out.display(), number::bytes(size));
     let json = json!({"report": out, "bytes": size, "dry_run": args.dry_run});
     Ok(Outcome::new(json, text))
+}
+
+/// A report may take the place of an older report, and of nothing else.
+fn check_target(out: &Path) -> Result {
+    let mut head = Vec::new();
+    let read = std::fs::File::open(out).and_then(|file| file.take(4096).read_to_end(&mut head));
+    let replaceable = match read {
+        Ok(_) => report::is_report(&String::from_utf8_lossy(&head)),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    };
+    match replaceable {
+        true => Ok(()),
+        false => Err(Failure::usage(format!(
+            "{}: already exists and is not a report; choose another name, or --force to replace it",
+            out.display()
+        ))),
+    }
 }

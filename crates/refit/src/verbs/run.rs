@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use crate::cli::App;
+use crate::cli::{App, DeviceName};
 use crate::failure::{Failure, Result};
+use crate::inputs;
 use crate::output::{Outcome, Table};
 use crate::recipe::record::RunRecord;
-use crate::recipe::runner::{self, Runner};
+use crate::recipe::runner::Runner;
 use crate::recipe::schema;
 use crate::report::number;
 
@@ -31,20 +32,28 @@ pub struct Args {
 /// Checks and runs the recipe.
 pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let (recipe, text) = schema::read(&args.recipe)?;
-    let dir = args.out.unwrap_or_else(|| PathBuf::from("runs").join(&recipe.name));
+    let dir = args.out.clone().unwrap_or_else(|| PathBuf::from("runs").join(&recipe.name));
     let runner = Runner::new(app, &recipe, &args.recipe, &text, dir.clone())?;
-    if args.dry_run {
-        let steps = runner::describe(&recipe);
-        let list: String =
-            steps.iter().enumerate().map(|(i, s)| format!("{}. {s}\n", i + 1)).collect();
-        let shown = format!(
-            "{} ({} steps) would run in {}\n{list}",
-            recipe.name,
-            steps.len(),
-            dir.display()
-        );
-        return Ok(Outcome::new(json!({"dry_run": true, "run": dir, "steps": steps}), shown));
+    let check = || runner.check().map_err(|failure| failure.within(args.recipe.display()));
+    if app.global.device != DeviceName::Cpu {
+        app.progress.note(&super::apply::on_the_cpu(app));
     }
+    if args.dry_run {
+        let sources: Vec<String> = recipe.sources().map(str::to_owned).collect();
+        let fetched = inputs::announce(app, &sources)?;
+        let checked = check()?.noting(fetched);
+        let shown = format!(
+            "{} ({} steps) would run in {}\n{}",
+            recipe.name,
+            recipe.steps.len(),
+            dir.display(),
+            checked.text(&recipe)
+        );
+        let (steps, notes) = (checked.json(&recipe), checked.notes());
+        let json = json!({"dry_run": true, "run": dir, "steps": steps, "notes": notes});
+        return Ok(Outcome::new(json, shown));
+    }
+    let checked = check()?;
     if args.fresh {
         let steps = dir.join("steps");
         match std::fs::remove_dir_all(&steps) {
@@ -54,7 +63,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             _ => {}
         }
     }
-    let record = runner.run()?;
+    let record = runner.run(checked)?;
     let mut shown = table(&record);
     for note in &record.notes {
         shown.push_str(&format!("\nnote: {note}\n"));

@@ -124,6 +124,19 @@ impl Place {
         to
     }
 
+    /// A copy of a two-block ViT with ten classes, `LABEL_0` to `LABEL_9`.
+    pub fn vit(&self, name: &str) -> PathBuf {
+        let to = self.copy("../refit-nn/tests/fixtures/hf/vit", name);
+        std::fs::remove_file(to.join("expected.safetensors")).unwrap();
+        to
+    }
+
+    /// A picture of 224 x 224 pixels.
+    pub fn picture(&self, name: &str) -> String {
+        let from = "../refit-nn/tests/fixtures/efficientnet-lite0/shapes.png";
+        self.write(name, std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(from)).unwrap())
+    }
+
     /// A copy of a model directory, given below this crate.
     pub fn copy(&self, from: &str, name: &str) -> PathBuf {
         let to = self.path(name);

@@ -98,6 +98,7 @@ fn facts(info: &Info) -> Vec<(&'static str, String)> {
     facts.push(("changes", touches.collect::<Vec<_>>().join(", ")));
     let writes = match info.output {
         OutputKind::Model => "a model directory in Hugging Face layout, with lineage and card",
+        OutputKind::Adapter => "an adapter directory in PEFT layout, with lineage and card",
         OutputKind::Report => "a report",
     };
     facts.push(("writes", writes.to_owned()));
@@ -120,6 +121,11 @@ fn parameters(entry: &Entry) -> String {
         let (Some(long), key) = (arg.get_long(), arg.get_id().as_str()) else { continue };
         let default = match &defaults[key] {
             Value::Null => "–".to_owned(),
+            Value::Array(list) if list.is_empty() => "–".to_owned(),
+            Value::Array(list) => {
+                let words: Vec<&str> = list.iter().filter_map(Value::as_str).collect();
+                format!("`{}`", words.join(","))
+            }
             Value::String(text) => format!("`{text}`"),
             other => format!("`{other}`"),
         };
@@ -151,18 +157,39 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "\\|")
 }
 
+/// The language of a block of examples: those that the small model cannot run are not run by the book's test.
+fn fence(info: &Info, language: &'static str) -> &'static str {
+    match info.name {
+        // The small model has no biases.
+        "bitfit" => "text",
+        _ => language,
+    }
+}
+
 fn command_line(info: &Info) -> String {
-    let mut text = String::from("\n## On the command line\n\n```sh\n");
+    let mut text = format!("\n## On the command line\n\n```{}\n", fence(info, "sh"));
     let name = info.name;
-    let models = match several(info) {
-        true => {
+    let models = match companion(info) {
+        Some(Companion::Model) => {
             text.push_str("refit apply rtn builtin:tiny --bits 4 -o four-bits\n");
             "builtin:tiny four-bits"
         }
-        false => "builtin:tiny",
+        Some(Companion::Adapter) => {
+            text.push_str(
+                "refit apply lora builtin:tiny --data builtin:kjv-calib --steps 4 -o adapter\n",
+            );
+            "builtin:tiny adapter"
+        }
+        None => "builtin:tiny",
     };
-    let data = if info.inputs.text == Need::Required { " --text builtin:calibration" } else { "" };
-    let command = format!("refit apply {name} {models}{data} -o {name}-out");
+    let data = match (info.inputs.text, info.inputs.data) {
+        (Need::Required, _) => " --text builtin:calibration",
+        (_, Need::Required) => " --data builtin:kjv-calib --steps 4",
+        _ => "",
+    };
+    let small = small(info.name).map(|(flag, value)| format!(" --{flag} {value}"));
+    let command =
+        format!("refit apply {name} {models}{data}{} -o {name}-out", small.unwrap_or_default());
     text.push_str(&format!("{command} --dry-run\n{command}\n```\n\n"));
     text.push_str(
         "`builtin:tiny` is the small model that travels with refit; put your own directory, file or \
@@ -171,30 +198,62 @@ fn command_line(info: &Info) -> String {
     text
 }
 
+/// What the small model needs instead of a default that was made for large ones.
+fn small(method: &str) -> Option<(&'static str, &'static str)> {
+    match method {
+        "unified-peft" => Some(("bottleneck", "16")),
+        _ => None,
+    }
+}
+
 /// A whole recipe that runs, with every parameter at its default.
 fn recipe(entry: &Entry) -> String {
     let info = entry.info;
     let name = info.name;
     let calibrated = info.inputs.text == Need::Required;
-    let mut text = format!("\n## In a recipe\n\n```yaml\nname: try-{name}\ndata:\n");
+    let trained = info.inputs.data == Need::Required;
+    let mut text =
+        format!("\n## In a recipe\n\n```{}\nname: try-{name}\ndata:\n", fence(info, "yaml"));
     text.push_str("  held-out: builtin:held-out\n");
     if calibrated {
         text.push_str("  calibration: builtin:calibration\n");
     }
+    let companion = companion(info);
+    if trained || matches!(companion, Some(Companion::Adapter)) {
+        text.push_str("  examples: builtin:kjv-calib\n");
+    }
     text.push_str("steps:\n  - pull: builtin:tiny\n    as: original\n");
-    let to = match several(info) {
-        true => {
+    let to = match companion {
+        Some(Companion::Model) => {
             text.push_str("  - apply: rtn\n    as: four-bits\n    to: original\n");
             "[original, four-bits]"
         }
-        false => "original",
+        Some(Companion::Adapter) => {
+            text.push_str(
+                "  - apply: lora\n    as: adapter\n    to: original\n    data: examples\n    with: {steps: 4}\n",
+            );
+            "[original, adapter]"
+        }
+        None => "original",
     };
     text.push_str(&format!("  - apply: {name}\n    to: {to}\n"));
     if calibrated {
         text.push_str("    data: calibration\n");
     }
-    let defaults = entry.default().parameters();
-    let set = defaults.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+    if trained {
+        text.push_str("    data: examples\n");
+    }
+    let mut defaults = entry.default().parameters();
+    if trained {
+        defaults["steps"] = 4.into();
+    }
+    if let Some((key, value)) = small(name)
+        && let Ok(number) = value.parse::<u64>()
+    {
+        defaults[key] = number.into();
+    }
+    let empty = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+    let set = defaults.as_object().into_iter().flatten().filter(|(_, value)| !empty(value));
     for (i, (key, value)) in set.enumerate() {
         text.push_str(if i == 0 { "    with:\n" } else { "" });
         match value {
@@ -207,6 +266,21 @@ fn recipe(entry: &Entry) -> String {
          max_tokens: 2048\n```\n"
     ));
     text
+}
+
+/// What a method takes beside one model.
+#[derive(Clone, Copy)]
+enum Companion {
+    Model,
+    Adapter,
+}
+
+fn companion(info: &Info) -> Option<Companion> {
+    match (info.inputs.adapters, several(info)) {
+        (Need::Required, _) => Some(Companion::Adapter),
+        (_, true) => Some(Companion::Model),
+        _ => None,
+    }
 }
 
 fn several(info: &Info) -> bool {
