@@ -1,6 +1,6 @@
-"""Opens a model directory that refit wrote with tools that are not ours, and compares what the model says.
+"""Opens model directories that refit wrote with tools that are not ours, and compares what the models say.
 
-    python scripts/interop.py REFIT_BINARY DIR [--same-as DIR] [--text FILE]
+    python scripts/interop.py REFIT_BINARY DIR... [--same-as DIR] [--text FILE]
 
 1. safetensors: every file opens, shards and index agree, nothing is NaN; with --same-as, names, shapes, dtypes and values are equal to
    within one rounding of the dtype.
@@ -35,7 +35,9 @@ def check(what, ok, detail=""):
 def dtypes_and_shapes(directory):
     """{tensor: (dtype, shape, file)}, from the headers; the index, if there is one, must name the right files."""
     found = {}
-    for file in sorted(directory.glob("*.safetensors")):
+    # What begins with refit lies beside the model: the masks of pruned weights, under the weights' own names.
+    files = [file for file in directory.glob("*.safetensors") if not file.name.startswith("refit.")]
+    for file in sorted(files):
         with safe_open(file, framework="np") as opened:
             for name in opened.keys():
                 view = opened.get_slice(name)
@@ -59,8 +61,18 @@ def values(directory, name, file, dtype):
     return (np.frombuffer(raw[8 + size + begin : 8 + size + end], dtype="<u2").astype(np.uint32) << 16).view(np.float32)
 
 
+def check_masks(directory, ours):
+    """Masks that were left beside a pruned model: known weights, and as many names as masks."""
+    masks = directory / "refit.masks.safetensors"
+    if masks.exists():
+        with safe_open(masks, framework="np") as opened:
+            names = list(opened.keys())
+        check("masks open and belong to weights", bool(names) and set(names) <= set(ours), f"{len(names)} masks")
+
+
 def check_files(directory, same_as):
     ours = dtypes_and_shapes(directory)
+    check_masks(directory, ours)
     check("safetensors opens", bool(ours), f"{len(ours)} tensors")
     finite = all(np.isfinite(values(directory, n, f, d)).all() for n, (d, _, f) in ours.items() if d in ("F32", "F16", "BF16"))
     check("all values finite", finite)
@@ -124,12 +136,14 @@ def check_behaviour(refit, directory, text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("refit")
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directories", type=Path, nargs="+")
     parser.add_argument("--same-as", type=Path)
     parser.add_argument("--text", type=Path, default=TEXT)
     args = parser.parse_args()
-    check_files(args.directory, args.same_as)
-    check_behaviour(args.refit, args.directory, args.text)
+    for directory in args.directories:
+        print(f"== {directory}", flush=True)
+        check_files(directory, args.same_as)
+        check_behaviour(args.refit, directory, args.text)
     sys.exit(1 if failures else 0)
 
 
