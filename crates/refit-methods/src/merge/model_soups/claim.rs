@@ -295,6 +295,7 @@ fn judge(cx: &mut ClaimContext) {
         format!("{control:.1} points"),
     );
     cx.likely_reason(
-        "ingredients of a network this small, tuned for seconds, differ little: there is little to average out",
+        "networks trained for seconds are far from converged: ingredients with strong augmentation end up below their start, and \
+         a mean pays for them",
     );
 }
