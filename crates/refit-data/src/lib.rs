@@ -19,6 +19,7 @@ pub mod corpus;
 mod error;
 pub mod examples;
 mod file;
+mod foreign;
 pub mod images;
 pub mod records;
 pub mod rng;

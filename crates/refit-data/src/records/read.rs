@@ -100,13 +100,20 @@ fn parquet(path: &Path) -> Result<Records> {
             format!("not readable as Parquet: {e} (snappy, gzip and no compression are supported)"),
         )
     };
-    let reader = SerializedFileReader::new(open).map_err(fail)?;
-    let mut table = Table::default();
-    for (number, row) in reader.get_row_iter(None).map_err(fail)?.enumerate() {
-        let row = row.map_err(fail)?;
-        let fields = row.into_columns().into_iter().map(|(name, field)| (name, value(field)));
-        table.push(number + 1, fields.collect());
-    }
+    // The reader panics on some damaged files.
+    let read = crate::foreign::call(|| {
+        let reader = SerializedFileReader::new(open)?;
+        let mut table = Table::default();
+        for (number, row) in reader.get_row_iter(None)?.enumerate() {
+            let fields = row?.into_columns().into_iter().map(|(name, field)| (name, value(field)));
+            table.push(number + 1, fields.collect());
+        }
+        Ok(table)
+    });
+    let damaged = |message| {
+        fail(parquet::errors::ParquetError::General(format!("it is damaged ({message})")))
+    };
+    let table = read.map_err(damaged)?.map_err(fail)?;
     table.finish(path)
 }
 

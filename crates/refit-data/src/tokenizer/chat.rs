@@ -71,10 +71,12 @@ impl Tokenizer {
             let template = environment.template_from_str(&source)?;
             template.render(Jinja::from(Serde(&context)))
         };
+        // An error may hold values of the template: it goes no further than its stack.
+        let render = || render().map_err(fail);
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
             let thread = thread.map_err(Error::io(&self.origin))?;
-            thread.join().expect("invariant: rendering does not panic").map_err(fail)
+            thread.join().expect("invariant: rendering does not panic")
         })
     }
 }

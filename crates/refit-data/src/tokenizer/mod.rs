@@ -131,7 +131,7 @@ impl Tokenizer {
                 return Err(Error::file(origin, message));
             }
         };
-        let mut inner = parse(&json)
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&json))
             .map_err(|e| Error::file(origin, format!("tokenizer.json does not parse: {e}")))?;
         // Some files carry the padding and truncation of a training run. Text is
         // never shortened here; callers cut at the model's context themselves.
@@ -180,7 +180,8 @@ impl Tokenizer {
     /// # Errors
     /// Text that the vocabulary cannot say, when there is no unknown token.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, special).map_err(|e| self.error(&e))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, special));
+        let encoding = encoding.map_err(|e| self.error(&e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -202,7 +203,7 @@ impl Tokenizer {
     /// # Errors
     /// A decoder that refuses; ids outside the vocabulary are left out.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(|e| self.error(&e))
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|e| self.error(&e))
     }
 
     /// Decodes one id at a time, never cutting a character.
@@ -346,6 +347,11 @@ impl TokenizerReport {
     }
 }
 
+/// `tokenizers` panics on some files that are damaged, or whose parts do not belong together.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    crate::foreign::call(work).unwrap_or_else(|message| Err(message.into()))
+}
+
 fn tokenizer_error(origin: &Path, error: &tokenizers::Error) -> Error {
     Error::file(origin, format!("the tokenizer fails: {error}"))
 }
@@ -374,17 +380,6 @@ fn ids_of(value: Option<&Value>) -> Vec<u32> {
 }
 
 /// The unknown token that the model itself names.
-/// Parses a tokenizer. The library panics on some files whose JSON is broken inside a decoder: syntax is checked first, and
-/// what is left of its panics is an error.
-fn parse(json: &[u8]) -> std::result::Result<tokenizers::Tokenizer, String> {
-    serde_json::from_slice::<serde::de::IgnoredAny>(json).map_err(|e| e.to_string())?;
-    let parsed = std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(json));
-    match parsed {
-        Ok(parsed) => parsed.map_err(|e| e.to_string()),
-        Err(_) => Err("its decoder cannot be read".to_owned()),
-    }
-}
-
 fn model_unk(inner: &tokenizers::Tokenizer) -> Option<u32> {
     use tokenizers::ModelWrapper as M;
     match inner.get_model() {
