@@ -30,7 +30,9 @@ def compare_likelihood(model, args):
     total, count = 0.0, 0
     for start in range(0, 2 * window, window):
         piece = torch.tensor([ids[start : start + window]])
-        scores = torch.log_softmax(model(input_ids=piece).logits[0, :-1].double(), -1)
+        # PEFT gives virtual tokens of a prompt rows of their own, before those of the text.
+        logits = model(input_ids=piece).logits[0, -piece.shape[1] :]
+        scores = torch.log_softmax(logits[:-1].double(), -1)
         total -= scores.gather(1, piece[0, 1:, None]).sum().item()
         count += piece.shape[1] - 1
     ours = total / count
