@@ -203,19 +203,15 @@ fn adapter_parents(adapters: &[AdapterInput]) -> Result<Vec<Parent>> {
 /// Manifest and card of an adapter that was trained on a model.
 ///
 /// # Errors
-/// A model that cannot be read any more.
+/// A model that cannot be read any more, or whose files changed since they had these fingerprints.
 pub fn describe_adapter(
     inputs: &Inputs,
+    fingerprints: &[String],
     plan: &Plan,
     cx: &Context,
     report: &Value,
 ) -> Result<(Lineage, Card)> {
-    let fingerprints = inputs
-        .models
-        .iter()
-        .map(|model| Ok(model.artifact.fingerprint()?))
-        .collect::<Result<Vec<String>>>()?;
-    let parents = parents(&inputs.models, &fingerprints)?;
+    let parents = parents(&inputs.models, fingerprints)?;
     let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
     card.relation = Some(Relation::Adapter);
     card.library = "peft".into();

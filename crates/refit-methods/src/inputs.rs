@@ -134,6 +134,14 @@ impl Inputs {
     /// [`Error::ModelCount`], [`Error::MissingData`] or [`Error::BadData`] for empty text.
     pub fn check(&self, info: &Info) -> Result<()> {
         let (spec, given) = (info.inputs, self.models.len());
+        if let (Need::No, Some(adapter)) = (spec.adapters, self.adapters.first()) {
+            let problem = format!(
+                "this is an adapter, and {} takes models; merge it into its base first: refit apply merge-adapter MODEL {} \
+                 -o OUT",
+                info.name, adapter.source
+            );
+            return Err(Error::BadData { source_name: adapter.source.clone(), problem });
+        }
         if given < spec.min_models || spec.max_models.is_some_and(|max| given > max) {
             let models = |count: usize| match count {
                 0 => "no model".to_owned(),
@@ -160,23 +168,12 @@ impl Inputs {
             let what = "examples to learn from".to_owned();
             return Err(Error::MissingData { method: info.name, what, how: "--data FILE" });
         }
-        match (spec.adapters, self.adapters.first()) {
-            (Need::Required, None) => {
-                return Err(Error::MissingData {
-                    method: info.name,
-                    what: "an adapter beside the model".to_owned(),
-                    how: "its directory after the model",
-                });
-            }
-            (Need::No, Some(adapter)) => {
-                let problem = format!(
-                    "this is an adapter, and {} takes models; merge it into its base first: refit apply merge-adapter \
-                     MODEL {} -o OUT",
-                    info.name, adapter.source
-                );
-                return Err(Error::BadData { source_name: adapter.source.clone(), problem });
-            }
-            _ => {}
+        if spec.adapters == Need::Required && self.adapters.is_empty() {
+            return Err(Error::MissingData {
+                method: info.name,
+                what: "an adapter beside the model".to_owned(),
+                how: "its directory after the model",
+            });
         }
         if let Some(empty) = self.text.iter().find(|text| text.text.trim().is_empty()) {
             let problem = "the text is empty; give a file with words in it".to_owned();

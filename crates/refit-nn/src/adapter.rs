@@ -3,14 +3,15 @@
 //! What a change of weights expresses (LoRA, DoRA, (IA)³, LoHa, LoKr, norms, whole tensors) is merged into the weights in memory,
 //! so it costs nothing when the model runs; prefixes, prompts and bottlenecks are attached as parts of their own.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
-use refit_store::adapter::{Adapter, Form, Part, Prompt, Side, Values};
+use refit_store::adapter::{Adapter, Change, Form, Part, Prompt, Values};
 
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
+use crate::load::layout_of;
 use crate::operator::Linear;
 use crate::ops::Activation;
 use crate::side::{Bottleneck, HeadAdapter, Prefix};
@@ -22,54 +23,40 @@ use crate::{Trainable, named};
 /// Sites that the model does not hold, shapes that do not fit, activations without an implementation.
 pub fn attach(mut decoder: Decoder, adapter: &Adapter) -> Result<Decoder> {
     let device = decoder.frame.embed.weight.val().device();
-    let names: BTreeSet<String> = decoder.parameters().into_iter().map(|p| p.name).collect();
-    let mut merged: BTreeMap<String, Vec<(&Part, bool)>> = BTreeMap::new();
     for part in adapter.parts() {
-        let weight = match &part.form {
-            Form::Bottleneck { .. } => {
-                side(&mut decoder, part, &device)?;
-                continue;
-            }
+        match &part.form {
+            Form::Bottleneck { .. } => side(&mut decoder, part, &device)?,
             Form::Heads { keys, values, scale } => {
                 heads(&mut decoder, &part.site, keys, values, *scale, &device)?;
-                continue;
             }
-            Form::Full { tensor, .. } => format!("{}{tensor}", part.site),
-            _ => format!("{}.weight", part.site),
-        };
-        if !names.contains(&weight) {
-            untie(&mut decoder, part, &weight, &device)?;
-            continue;
-        }
-        merged.entry(weight).or_default().push((part, false));
-        let bias = format!("{}.bias", part.site);
-        let touches = match &part.form {
-            Form::Ia3 { side: Side::Output, .. } => names.contains(&bias),
-            Form::LayerNorm { bias, .. } | Form::Lora { bias, .. } => bias.is_some(),
-            _ => false,
-        };
-        if touches {
-            merged.entry(bias).or_default().push((part, true));
+            _ => {}
         }
     }
-    let gpt2 = decoder.config().model_type == "gpt2";
-    let offset = decoder.config().norm_offset;
+    let names: BTreeSet<String> = decoder.parameters().into_iter().map(|p| p.name).collect();
+    let changes = adapter.changes(|name| names.contains(name));
+    for part in adapter.parts().iter().filter(|part| part.form.mergeable()) {
+        if !names.contains(&part.tensor()) {
+            untie(&mut decoder, part, &device)?;
+        }
+    }
+    let (family, offset) = (decoder.config().model_type.clone(), decoder.config().norm_offset);
     let mut failed = None;
     let mut decoder = named::edit(decoder, |name, shape, values| {
-        let parts = merged.get(name)?;
         let mut new = values();
-        for (part, is_bias) in parts {
-            match change(&part.form, *is_bias, shape, &mut new, gpt2, offset) {
-                Ok(()) => {}
-                Err(error) => {
-                    failed.get_or_insert(error);
-                }
+        for change in changes.get(name)? {
+            let done = change.apply(&mut new, shape, layout_of(&family, name));
+            if let Err(error) = done {
+                failed.get_or_insert(error);
+            }
+            if offset && matches!(change, Change::Weight(Form::LayerNorm { .. })) {
+                // Gemma's files hold the scale less one.
+                new.iter_mut().for_each(|w| *w += 1.0);
             }
         }
         Some(new)
     });
     if let Some(error) = failed {
-        return Err(error);
+        return Err(error.into());
     }
     match adapter.prompt() {
         Some(Prompt::Prefix { table, .. }) => {
@@ -103,51 +90,16 @@ fn kv_width(decoder: &Decoder) -> usize {
     decoder.config().kv_heads * decoder.config().head_dim
 }
 
-fn change(
-    form: &Form,
-    is_bias: bool,
-    shape: &[usize],
-    values: &mut Vec<f32>,
-    gpt2: bool,
-    offset: bool,
-) -> Result<()> {
-    match form {
-        Form::Ia3 { factors, .. } if is_bias => {
-            values.iter_mut().zip(factors).for_each(|(v, f)| *v *= f);
-        }
-        Form::Lora { bias: Some(bias), scale, .. } if is_bias => {
-            values.iter_mut().zip(bias).for_each(|(v, b)| *v += scale * b);
-        }
-        Form::LayerNorm { bias: Some(bias), .. } if is_bias => values.clone_from(bias),
-        Form::LayerNorm { weight, .. } if offset => {
-            *values = weight.iter().map(|w| w + 1.0).collect();
-        }
-        // GPT-2 keeps whole matrices `[in, out]` on disk.
-        Form::Full { values: new, .. } if gpt2 && shape.len() == 2 && new.shape != shape => {
-            let (out, inputs) = (shape[0], shape[1]);
-            for (i, row) in new.values.chunks_exact(out).enumerate() {
-                for (j, value) in row.iter().enumerate() {
-                    values[j * inputs + i] = *value;
-                }
-            }
-        }
-        form => {
-            let out = shape.first().copied().unwrap_or(1);
-            form.apply(values, out, shape.iter().skip(1).product())?;
-        }
-    }
-    Ok(())
-}
-
 /// A head of its own for a model that shares it with the embedding.
-fn untie(decoder: &mut Decoder, part: &Part, tensor: &str, device: &Device) -> Result<()> {
+fn untie(decoder: &mut Decoder, part: &Part, device: &Device) -> Result<()> {
+    let tensor = part.tensor();
     match &part.form {
         Form::Full { values, .. } if tensor == "lm_head.weight" && decoder.frame.head.is_none() => {
             let weight = matrix(values, decoder.config().hidden, device)?;
             decoder.frame.head = Some(Linear::dense("lm_head", weight, None));
             Ok(())
         }
-        _ => Err(Error::Missing { name: tensor.to_owned() }),
+        _ => Err(Error::Missing { name: tensor }),
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use burn::module::Param;
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Shape, Tensor, TensorData};
 use rayon::prelude::*;
+use refit_store::architecture::Layout;
 use refit_store::artifact::Artifact;
 
 use crate::block::{
@@ -16,6 +17,29 @@ use crate::error::{Error, Result};
 use crate::names::{Names, names};
 use crate::operator::{Embedding, Linear, Norm, NormKind};
 use crate::ops::AttentionSpec;
+
+/// How a family's files store the matrix of a linear: GPT-2 keeps its projections `[in, out]`. With [`stored`], the only place
+/// that knows.
+pub(crate) fn layout_of(model_type: &str, name: &str) -> Layout {
+    match model_type == "gpt2" && name.contains(".c_") {
+        true => Layout::InOut,
+        false => Layout::OutIn,
+    }
+}
+
+/// The values of a decoder's parameter `name`, held as `shape`, as its family's files store them: the way back from loading.
+pub fn stored(config: &TransformerConfig, name: &str, shape: &[usize], values: &[f32]) -> Vec<f32> {
+    match (layout_of(&config.model_type, name), shape) {
+        (Layout::InOut, &[out, inputs]) => {
+            (0..out * inputs).map(|i| values[i % out * inputs + i / out]).collect()
+        }
+        // Gemma's norms are stored less one.
+        _ if config.norm_offset && name.ends_with("norm.weight") => {
+            values.iter().map(|value| value - 1.0).collect()
+        }
+        _ => values.to_vec(),
+    }
+}
 
 /// Reads the parts of one transformer out of an artifact.
 pub struct Loader<'a> {
@@ -132,8 +156,7 @@ impl<'a> Loader<'a> {
     /// A linear `site` with `[outputs, inputs]`, and its bias where the artifact has one.
     pub(crate) fn linear(&self, site: String, outputs: usize, inputs: usize) -> Result<Linear> {
         let name = format!("{site}.weight");
-        // GPT-2 stores its projections `[in, out]`; this is the only place that knows.
-        let weight = if self.config.model_type == "gpt2" && site.contains(".c_") {
+        let weight = if layout_of(&self.config.model_type, &site) == Layout::InOut {
             let values = crate::ops::to_vec(&self.tensor::<2>(&name, [inputs, outputs])?);
             let mut turned = vec![0.0; values.len()];
             for (i, row) in values.chunks_exact(outputs).enumerate() {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use refit_data::{Records, corpus};
 use refit_methods::method::{TextData, TrainingData};
+use refit_store::adapter::Adapter;
 use refit_store::architecture::Kind;
 use refit_store::source::{self, PullOptions, Pulled};
 use refit_store::{Artifact, hash};
@@ -83,6 +84,12 @@ pub fn open_at(source: &str, path: PathBuf) -> Result<Opened> {
 /// Refuses a model of another kind than `verb` runs, before anything else is read; the message says which
 /// verb does run it.
 pub fn check_kind(artifact: &Artifact, verb: &str) -> Result {
+    if Adapter::is_adapter(artifact.path()) {
+        let path = artifact.path().display();
+        return Err(Failure::usage(format!(
+            "{path}: this is an adapter and no model; name its base and put it on: refit {verb} MODEL --adapter {path}"
+        )));
+    }
     let (is, verbs): (_, &[&str]) = match artifact.architecture().kind {
         Kind::Encoder => ("a text encoder", &["embed"]),
         Kind::Vision => ("an image model", &["classify"]),

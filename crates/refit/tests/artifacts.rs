@@ -188,6 +188,57 @@ fn a_killed_run_resumes_to_the_same_bytes() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+#[test]
+fn a_killed_training_resumes_to_the_same_bytes() {
+    let place = Place::new();
+    let args = [
+        "apply",
+        "lora",
+        "builtin:tiny",
+        "--data",
+        "builtin:kjv-calib",
+        "--steps",
+        "8",
+        "--batch",
+        "2",
+        "--max-length",
+        "64",
+        "--rank",
+        "4",
+        "--dropout",
+        "0.1",
+        "--checkpoint-every",
+        "1",
+    ];
+    place.run(&[&args[..], &["-o", "whole"]].concat()).code(0);
+    let mut caught = 0;
+    for step in [1, 4] {
+        let out = format!("killed-{step}");
+        let (done, checkpoint) = (
+            place.path(&out),
+            place.path(&format!(".{out}.refit-training/step-{step:09}.ckpt.safetensors")),
+        );
+        let mut command = place.command();
+        command.args(args).args(["-o", &out]).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        while !checkpoint.exists() && !done.exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        caught += usize::from(!done.exists());
+        if !done.exists() {
+            let other = [&args[..], &["--learning-rate", "1e-3", "-o", &out]].concat();
+            place.run(&other).code(2).says(&["the run had other data or another base model"]);
+            place.run(&[&args[..], &["-o", &out]].concat()).code(0);
+        }
+        assert!(contents(&done) == contents(&place.path("whole")), "killed after step {step}");
+    }
+    assert!(caught > 0, "every run was over before it could be killed");
+    let left: Vec<String> = place.names().into_iter().filter(|n| n.contains("training")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 /// Sends Ctrl-C to a running child and returns what came of it.
 #[cfg(unix)]
 fn interrupt(child: std::process::Child) -> common::Ran {

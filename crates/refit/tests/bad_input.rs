@@ -691,6 +691,25 @@ fn disks_and_limits_that_are_too_small() {
     let weights = |out: &str| std::fs::read(place.path(out).join("model.safetensors")).unwrap();
     assert!(weights("out") == weights("whole"));
 
+    // A checkpoint that does not fit: the run stops with its name, and goes on when there is room.
+    let lora = format!(
+        "export REFIT_CACHE=$PWD/cache; '{refit}' apply lora builtin:tiny --data builtin:kjv-calib --steps 3 --batch 2 \
+         --max-length 32 --checkpoint-every 2 -o"
+    );
+    shell(&format!("trap '' XFSZ; ulimit -f 1000; {lora} adapter"))
+        .code(3)
+        .says(&["step-000000002.ckpt.safetensors", "the last complete checkpoint is untouched"]);
+    assert!(!place.path("adapter").exists());
+    shell(&format!("{lora} adapter")).code(0);
+    assert!(place.path("adapter/adapter_model.safetensors").exists());
+    for (args, parts) in [
+        (&["apply", "rtn", "adapter", "-o", "x"][..], ["this is an adapter", "merge-adapter"]),
+        (&["eval", "adapter", "--text", "builtin:kjv"], ["this is an adapter", "--adapter"]),
+        (&["apply", "merge-adapter", "builtin:tiny", "-o", "x"], ["an adapter", "after the model"]),
+    ] {
+        place.run(args).code(2).says(&parts);
+    }
+
     // A file system of four megabytes, where this user may make one.
     let small = format!(
         "mkdir small && mount -t tmpfs -o size=4m none small || exit 77; export REFIT_CACHE=$PWD/cache; \

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use refit_data::Rng;
 use refit_data::examples::Example;
+use refit_nn::load::stored;
 use refit_nn::{BurnDevice, Decoder, Dropout, Run, Trainable};
 use refit_store::adapter::{self, AdapterConfig, Part, Prompt};
 use refit_store::{DType, SideFile};
@@ -24,7 +25,7 @@ use crate::emit::{self, Emitter};
 use crate::error::{Error, Result};
 use crate::inputs::Inputs;
 use crate::method::{Action, Context, Output, Plan, Unit};
-use crate::rewrite::{copy, transpose};
+use crate::rewrite::copy;
 
 /// One run of training.
 pub struct Session<'a> {
@@ -52,6 +53,8 @@ pub struct Trained {
     costs: Value,
     /// `training.jsonl` and what the method adds.
     files: Vec<SideFile>,
+    /// What the model's weight files looked like when the work began.
+    fingerprints: Vec<String>,
     checkpoints: PathBuf,
     warnings: Vec<String>,
 }
@@ -73,6 +76,7 @@ impl Session<'_> {
         let Self { inputs, cx, training, .. } = self;
         let source = &inputs.models[0];
         let started = Instant::now();
+        let fingerprints = vec![source.artifact.fingerprint()?];
         let mut model = Decoder::load(&source.artifact, &BurnDevice::flex())?;
         let before = self.perplexity(&model)?;
         let scope = prepare(&mut model, &mut Rng::named(cx.seed, "init"))?;
@@ -157,6 +161,7 @@ impl Session<'_> {
             model,
             report,
             costs,
+            fingerprints,
             files: vec![SideFile::from_bytes("training.jsonl", without_times(&losses))],
             checkpoints,
             warnings: Vec::new(),
@@ -297,7 +302,8 @@ impl Trained {
         prompt: Option<&Prompt>,
     ) -> Result<Output> {
         let Session { inputs, plan, cx, .. } = session;
-        let (lineage, card) = emit::describe_adapter(inputs, plan, cx, &self.report)?;
+        let (lineage, card) =
+            emit::describe_adapter(inputs, &self.fingerprints, plan, cx, &self.report)?;
         let out = cx.out()?;
         let path = adapter::write(
             out,
@@ -336,7 +342,7 @@ impl Trained {
                     let problem = "the running model does not hold it, so it did not train";
                     Error::tensor(&model.source, &tensor.name, problem)
                 })?;
-                emitter.write_f32(&tensor.name, 0, &stored(&self.model, &tensor.name, values))?;
+                emitter.write_f32(&tensor.name, 0, values)?;
                 emitter.done(&tensor.name)?;
             }
             cx.progress.advance(1);
@@ -356,31 +362,15 @@ impl Trained {
     }
 }
 
-/// Values of all parameters under the names of the artifact's tensors.
+/// Values of all parameters under the names of the artifact's tensors, as the artifact stores them.
 fn named_values(model: &Decoder) -> HashMap<String, Vec<f32>> {
     let mut all = HashMap::new();
-    let _ = refit_nn::named::edit(model.clone(), |name, _, values| {
-        all.insert(name.to_owned(), values());
+    let config = model.config();
+    let _ = refit_nn::named::edit(model.clone(), |name, shape, values| {
+        all.insert(name.to_owned(), stored(config, name, shape, &values()));
         None
     });
     all
-}
-
-/// A parameter as the artifact stores it: GPT-2 keeps its projections `[in, out]`, Gemma its norms less one.
-fn stored(model: &Decoder, name: &str, values: &[f32]) -> Vec<f32> {
-    let config = model.config();
-    if config.norm_offset && name.ends_with("norm.weight") {
-        return values.iter().map(|value| value - 1.0).collect();
-    }
-    let linear = model.blocks.iter().flat_map(|block| block.linears());
-    let site = name.strip_suffix(".weight");
-    if config.model_type == "gpt2"
-        && let Some(linear) = linear.into_iter().find(|linear| Some(linear.site.as_str()) == site)
-    {
-        let [out, inputs] = linear.weight().dims();
-        return transpose(values, out, inputs);
-    }
-    values.to_vec()
 }
 
 /// The stored type that a value must fit: bf16 and f16 sources are trained in f32 and rounded once, at the end.

@@ -8,8 +8,8 @@ use std::sync::Mutex;
 
 use clap::Args;
 use refit_store::DType;
-use refit_store::adapter::{Adapter, Form, Part, Side};
-use refit_store::architecture::{Layout, Site};
+use refit_store::adapter::{Adapter, Change};
+use refit_store::architecture::Site;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -84,8 +84,10 @@ impl Method for MergeAdapter {
         let totals = Mutex::new(Totals::default());
         let edit = |site: &Site, weights: &mut [f32]| -> Result<()> {
             let base = weights.to_vec();
+            // Matrices come `[out, in]`, whatever their layout.
+            let shape = site.out_in().map_or(site.shape.clone(), |(out, inputs)| vec![out, inputs]);
             for change in changes.at(&site.name) {
-                change.apply(site, weights)?;
+                change.apply(weights, &shape, site.layout)?;
             }
             if self.weight != 1.0 {
                 let factor = self.weight as f32;
@@ -129,38 +131,6 @@ impl Method for MergeAdapter {
     }
 }
 
-/// What is done to one tensor.
-#[derive(Clone, Copy)]
-enum Change<'a> {
-    /// To a weight.
-    Weight(&'a Form),
-    /// To the bias beside it.
-    Bias(&'a Form),
-}
-
-impl Change<'_> {
-    /// Changes `values` of the tensor at `site`, `[out, in]` for matrices.
-    fn apply(self, site: &Site, values: &mut [f32]) -> Result<()> {
-        let (out, inputs) = site.out_in().unwrap_or((values.len(), 1));
-        match self {
-            // Whole tensors come in the layout of the file.
-            Self::Weight(Form::Full { values: new, .. }) if site.layout == Layout::InOut => {
-                values.copy_from_slice(&rewrite::transpose(&new.values, inputs, out));
-            }
-            Self::Weight(form) => form.apply(values, out, inputs)?,
-            Self::Bias(Form::Ia3 { factors, .. }) => {
-                values.iter_mut().zip(factors).for_each(|(v, f)| *v *= f);
-            }
-            Self::Bias(Form::LayerNorm { bias: Some(bias), .. }) => values.copy_from_slice(bias),
-            Self::Bias(Form::Lora { bias: Some(bias), scale, .. }) => {
-                values.iter_mut().zip(bias).for_each(|(v, b)| *v += scale * b);
-            }
-            Self::Bias(_) => {}
-        }
-        Ok(())
-    }
-}
-
 /// The changes of all adapters by tensor, in the order given.
 struct Changes<'a>(BTreeMap<String, Vec<Change<'a>>>);
 
@@ -169,21 +139,8 @@ impl<'a> Changes<'a> {
         let mut by_tensor: BTreeMap<String, Vec<Change>> = BTreeMap::new();
         for AdapterInput { source, adapter } in adapters {
             check(source, adapter, model)?;
-            for Part { site, form } in adapter.parts() {
-                let weight = match form {
-                    Form::Full { tensor, .. } => format!("{site}{tensor}"),
-                    _ => format!("{site}.weight"),
-                };
-                by_tensor.entry(weight).or_default().push(Change::Weight(form));
-                let bias = format!("{site}.bias");
-                let touches = match form {
-                    Form::Ia3 { side: Side::Output, .. } => model.artifact.contains(&bias),
-                    Form::LayerNorm { bias, .. } | Form::Lora { bias, .. } => bias.is_some(),
-                    _ => false,
-                };
-                if touches {
-                    by_tensor.entry(bias).or_default().push(Change::Bias(form));
-                }
+            for (tensor, changes) in adapter.changes(|name| model.artifact.contains(name)) {
+                by_tensor.entry(tensor).or_default().extend(changes);
             }
         }
         Ok(Self(by_tensor))

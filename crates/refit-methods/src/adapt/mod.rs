@@ -9,7 +9,6 @@
 //!
 //! Base weights that do not train get no gradient, no optimizer state and no decay.
 
-mod claims;
 pub mod compander;
 pub mod finetune;
 pub mod frame;
@@ -43,7 +42,7 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<hft::Hft>(),
     Entry::of::<galore::GaLore>(),
     Entry::of::<compander::WeightCompander>(),
-    Entry::of::<hft::HalfReset>(),
+    Entry::of::<hft::reset::HalfReset>(),
     Entry::of::<merge::MergeAdapter>(),
 ];
 

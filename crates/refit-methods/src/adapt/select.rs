@@ -5,6 +5,7 @@
 //! LN tuning is written as a PEFT adapter (`LN_TUNING`), BitFit as a model: PEFT has no word for it.
 
 use clap::Args;
+use refit_nn::load::stored;
 use refit_nn::operator::Norm;
 use refit_nn::{Decoder, ops};
 use refit_store::adapter::{Form, Part};
@@ -149,15 +150,13 @@ impl Method for LnTuning {
         let mut rules = vec![Rule::freeze("@all")];
         rules.extend(sites.iter().map(|site| Rule::train(format!("{}.*", site.module()))));
         let trained = session.train(&examples, |_, _| Ok(Scope { rules }), |_| {})?;
-        let offset = trained.model.config().norm_offset;
+        let config = trained.model.config();
         let parts: Vec<Part> = all_norms(&trained.model)
             .into_iter()
             .map(|norm| {
-                let mut weight = ops::to_vec(&norm.weight.val());
-                if offset {
-                    // Gemma's files hold the scale less one.
-                    weight.iter_mut().for_each(|w| *w -= 1.0);
-                }
+                let name = format!("{}.weight", norm.site);
+                let held = ops::to_vec(&norm.weight.val());
+                let weight = stored(config, &name, &[held.len()], &held);
                 let bias = norm.bias.as_ref().map(|bias| ops::to_vec(&bias.val()));
                 Part { site: norm.site.clone(), form: Form::LayerNorm { weight, bias } }
             })

@@ -1,6 +1,6 @@
 //! The bench of claims that train: byte-level decoders of about a million parameters on texts that anyone can install.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use refit_data::corpus::{self, Document, Part};
 use refit_nn::scratch::DecoderShape;
@@ -12,6 +12,8 @@ use refit_train::train::loss::next_token;
 use refit_train::train::{
     At, Hook, Objective, Optimizer, Order, Recipe, RunOptions, Terms, Trainer,
 };
+
+use super::find;
 
 /// A text as bytes, split by document: nothing of one part stands in another.
 pub struct Text {
@@ -93,26 +95,6 @@ pub fn text(cx: &ClaimContext, name: &'static str, source: Source) -> Result<Tex
     }
     let [train, dev, test] = parts;
     Ok(Text { name, train, dev, test })
-}
-
-/// Files below `root` that `wanted` accepts, sorted.
-fn find(root: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>, BoxError> {
-    if root.is_file() {
-        return Ok(vec![root.to_owned()]);
-    }
-    let (mut folders, mut found) = (vec![root.to_owned()], Vec::new());
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if wanted(&path) {
-                found.push(path);
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// The shape of a byte-level decoder.

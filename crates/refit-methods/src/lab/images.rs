@@ -13,6 +13,8 @@ use refit_train::claim::ClaimContext;
 use refit_train::train::loss::cross_entropy;
 use refit_train::train::{At, Objective, Order, Recipe, RunOptions, Terms, Trainer};
 
+use super::find;
+
 /// The asset.
 pub const FASHION_MNIST: &str = "deb:dataset-fashion-mnist";
 /// Height and width.
@@ -69,9 +71,14 @@ impl Images {
 /// An asset that cannot be fetched or read.
 pub fn fashion_mnist(cx: &ClaimContext) -> Result<(Images, Images), BoxError> {
     let root = cx.asset(FASHION_MNIST)?;
-    let dir = folder(&root).ok_or("the package holds no IDX files")?;
+    let named = |path: &Path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("train-images-idx3"))
+    };
+    let found = find(&root, &named)?;
+    let dir =
+        found.first().and_then(|path| path.parent()).ok_or("the package holds no IDX files")?;
     let read = |part: &str| -> Result<Images, BoxError> {
-        let read = idx::read_labelled(&dir, part)?;
+        let read = idx::read_labelled(dir, part)?;
         Ok(Images {
             pixels: read.pixels.iter().map(|p| f32::from(*p) / 255.0).collect(),
             labels: read.labels.iter().map(|label| u32::from(*label)).collect(),
@@ -81,22 +88,6 @@ pub fn fashion_mnist(cx: &ClaimContext) -> Result<(Images, Images), BoxError> {
     let mut order: Vec<usize> = (0..train.len()).collect();
     Rng::named(0, "fashion-mnist").shuffle(&mut order);
     Ok((train.select(order), read("t10k")?))
-}
-
-/// The folder below `root` that holds the training images.
-fn folder(root: &Path) -> Option<std::path::PathBuf> {
-    let mut folders = vec![root.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in std::fs::read_dir(&folder).ok()?.flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                folders.push(path);
-            } else if entry.file_name().to_string_lossy().starts_with("train-images-idx3") {
-                return Some(folder);
-            }
-        }
-    }
-    None
 }
 
 /// What is done to a training image, fixed by seed, epoch and index.

@@ -45,7 +45,8 @@ impl Vision {
             .unwrap_or(&artifact.architecture().model_type)
             .to_owned();
         match model_type.as_str() {
-            "efficientnet-lite" | "efficientnet_lite" | "efficientnet-lite0" => {
+            // Depths and widths are read off the tensors, so Lite 0 to 4 are one.
+            lite if lite.replace('_', "-").starts_with("efficientnet-lite") => {
                 Ok(Self::EfficientNetLite(EfficientNetLite::load(artifact, device)?))
             }
             "vit" => Ok(Self::Vit(VisionTransformer::load(artifact, device)?)),

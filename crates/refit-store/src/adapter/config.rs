@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value as Json, json};
 
-use super::form::{Form, Part, Prompt, Side};
+use super::form::{Factor, Form, Part, Prompt, Side};
 use super::pattern::{self, Pattern};
 use crate::config::parse_object;
 use crate::error::{Error, Result};
@@ -209,7 +209,8 @@ impl AdapterConfig {
                     .with("lora_dropout", 0.0)
                     .with("bias", bias);
             }
-            "LOHA" | "LOKR" => config = config.ranks(parts, "alpha"),
+            "LOHA" => config = config.ranks(parts, "alpha"),
+            "LOKR" => config = config.ranks(parts, "alpha").kronecker(parts),
             "IA3" => {
                 let input = |part: &&Part| matches!(part.form, Form::Ia3 { side: Side::Input, .. });
                 let forward: Vec<_> = parts.iter().filter(input).map(|part| &part.site).collect();
@@ -250,6 +251,19 @@ impl AdapterConfig {
             .with(alpha_key, number(alpha))
             .with("rank_pattern", ranks)
             .with("alpha_pattern", alphas)
+    }
+
+    /// How PEFT has to cut the matrices to get these factors: its own near-square cut, or one size for all.
+    fn kronecker(self, parts: &[Part]) -> Self {
+        let outer = parts.iter().filter_map(|part| match &part.form {
+            Form::Lokr { w1, .. } => Some(w1),
+            _ => None,
+        });
+        let both = outer.clone().any(|w1| matches!(w1, Factor::LowRank(..)));
+        let sizes: BTreeSet<usize> = outer.flat_map(|w1| <[usize; 2]>::from(w1.dims())).collect();
+        let factor = if sizes.len() == 1 { sizes.first().copied() } else { None };
+        self.with("decompose_both", both)
+            .with("decompose_factor", factor.map_or(json!(-1), |size| json!(size)))
     }
 
     fn unified(parts: &[Part], prompt: Option<&Prompt>) -> Self {
@@ -366,7 +380,6 @@ fn family(form: &Form) -> Option<&'static str> {
 }
 
 fn rank_and_scale(form: &Form) -> Option<(usize, f32)> {
-    use super::form::Factor;
     match form {
         Form::Lora { a, scale, .. } | Form::EmbeddingLora { a, scale, .. } => {
             Some((a.rows(), *scale))

@@ -8,6 +8,7 @@
 mod apply;
 mod base;
 mod build;
+mod change;
 mod config;
 mod form;
 mod hub;
@@ -18,6 +19,7 @@ mod write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub use change::Change;
 pub use config::{AdapterConfig, Dialect, FILE_NAME, PEFT_TYPES};
 pub use form::{Factor, Form, Part, Prompt, Side, Values};
 pub use write::{WEIGHTS_NAME, write};

@@ -236,9 +236,6 @@ pub(super) fn orthonormalize(q: &mut [f64], width: usize) {
             }
             // `rows <= width`: one of the unit vectors lies outside the span.
             row.fill(0.0);
-            if spare == width {
-                break;
-            }
             row[spare] = 1.0;
             spare += 1;
         }

@@ -283,6 +283,7 @@ fn a_quadratic_is_minimized_with_32_and_with_8_bits() {
     for then in [Refresh::Keep, Refresh::Reset, Refresh::Rotate] {
         let (full, small) = (run(false, then), run(true, then));
         assert!(full < 0.02 * start, "{then:?}: {full} of {start}");
+        // Coarse moments leave a higher floor in the last, small steps; the descent is the same.
         assert!((small - full).abs() < 0.05 * start, "{then:?}: {small} {full} of {start}");
     }
 }

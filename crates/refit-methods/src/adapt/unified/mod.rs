@@ -23,17 +23,19 @@
 //! Prefix and prompt are written in PEFT's format. PEFT has no bottleneck adapters: those, and `mam`, are written in refit's own
 //! dialect of it.
 
+mod claim;
+mod design;
+
 use clap::Args;
-use refit_data::Rng;
+use refit_nn::Decoder;
 use refit_nn::config::TransformerConfig;
-use refit_nn::operator::Linear;
-use refit_nn::ops::{self, Activation};
-use refit_nn::side::{Bottleneck, HeadAdapter, Init, Prefix};
-use refit_nn::{Decoder, adapter};
-use refit_store::adapter::{AdapterConfig, Form, Part, Prompt, Values};
-use refit_train::train::{Rule, Scope};
+use refit_nn::side::Init;
+use refit_store::adapter::{AdapterConfig, Part, Prompt};
+use refit_store::architecture::Role;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use design::{Design, Function, Side, learned};
 
 use super::frame::Session;
 use super::training::{self, Training};
@@ -69,43 +71,6 @@ pub enum Preset {
     Prefix,
     /// Embeddings of virtual tokens (Lester et al. 2021).
     Prompt,
-}
-
-/// Nonlinearity of a bottleneck.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum Function {
-    /// max(x, 0).
-    #[default]
-    Relu,
-    /// x Φ(x).
-    Gelu,
-    /// x σ(x).
-    Silu,
-    /// None: a low-rank map.
-    Linear,
-}
-
-impl Function {
-    fn activation(self) -> Option<Activation> {
-        match self {
-            Self::Relu => Some(Activation::Relu),
-            Self::Gelu => Some(Activation::Gelu),
-            Self::Silu => Some(Activation::Silu),
-            Self::Linear => None,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Relu => "relu",
-            Self::Gelu => "gelu",
-            Self::Silu => "silu",
-            Self::Linear => "linear",
-        }
-    }
 }
 
 /// Parameters of the unified adapters.
@@ -146,40 +111,6 @@ pub struct UnifiedPeft {
 }
 
 crate::paper_defaults!(UnifiedPeft);
-
-/// What is attached to every block, and before the text.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Design {
-    /// On the heads, before the output projection.
-    pub heads: Option<Side>,
-    /// On the output of attention.
-    pub attention: Option<Side>,
-    /// On the output of the ffn.
-    pub ffn: Option<Side>,
-    /// Rank and factor of an adapter on every head.
-    pub per_head: Option<(usize, f64)>,
-    /// Virtual tokens as keys and values, and the width of the net that they are trained through.
-    pub prefix: Option<(usize, usize)>,
-    /// Virtual tokens as embeddings.
-    pub prompt: Option<usize>,
-}
-
-/// One bottleneck.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Side {
-    /// Channels.
-    pub rank: usize,
-    /// Factor on the output.
-    pub scale: f64,
-    /// Whether that factor is learned besides.
-    pub learnable: bool,
-    /// Reads the output that it changes, not the input of the part beside it.
-    pub sequential: bool,
-    /// How it begins.
-    pub init: Init,
-    /// Nonlinearity.
-    pub function: Function,
-}
 
 impl UnifiedPeft {
     /// What the preset and the numbers say.
@@ -236,93 +167,6 @@ impl UnifiedPeft {
     }
 }
 
-impl Design {
-    /// Positions that virtual tokens take.
-    pub fn virtual_tokens(&self) -> usize {
-        self.prefix.map_or(0, |(tokens, _)| tokens) + self.prompt.unwrap_or(0)
-    }
-
-    /// Parameters that are written: those of a prefix's table, without the net that it is trained through.
-    pub fn parameters(&self, config: &TransformerConfig) -> usize {
-        let (hidden, heads) = (config.hidden, config.heads * config.head_dim);
-        let side = |side: Option<Side>, inputs: usize, outputs: usize| {
-            let side = side?;
-            Some(side.rank * (inputs + outputs + 1) + outputs + usize::from(side.learnable))
-        };
-        let of = |part: Option<Side>, outputs: usize| {
-            let inputs = part.map_or(0, |s| if s.sequential { outputs } else { hidden });
-            side(part, inputs, outputs).unwrap_or(0)
-        };
-        let per_head = self.per_head.map_or(0, |(rank, _)| 2 * heads * rank);
-        let kv = config.kv_heads * config.head_dim;
-        let prefix = self.prefix.map_or(0, |(tokens, _)| tokens * 2 * kv);
-        let block = of(self.heads, heads) + of(self.attention, hidden) + of(self.ffn, hidden);
-        config.layers * (block + per_head + prefix) + self.prompt.unwrap_or(0) * hidden
-    }
-
-    /// Attaches everything to `decoder` and says what trains.
-    ///
-    /// # Errors
-    /// A prefix on a model with sliding windows.
-    pub fn attach(&self, decoder: &mut Decoder, rng: &mut Rng) -> Result<Scope> {
-        let config = decoder.config().clone();
-        let device = decoder.frame.embed.weight.val().device();
-        let (hidden, heads) = (config.hidden, config.heads * config.head_dim);
-        let kv_width = config.kv_heads * config.head_dim;
-        if self.prefix.is_some() {
-            adapter::refuse_windows(decoder)?;
-        }
-        for block in &mut decoder.blocks {
-            let o = block.mixer.o.site.clone();
-            let down = block.ffn.down_site().to_owned();
-            let mut new = |side: Side, site: &str, inputs: usize, outputs: usize| {
-                let inputs = if side.sequential { outputs } else { inputs };
-                let shape = [inputs, side.rank, outputs];
-                Bottleneck {
-                    activation: side.function.activation(),
-                    scale: side.scale,
-                    gain: side.learnable.then(|| one(&device)),
-                    sequential: side.sequential,
-                    ..Bottleneck::new(site, shape, side.init, rng, &device)
-                }
-            };
-            block.mixer.side = self.heads.map(|side| new(side, &o, hidden, heads));
-            block.mixer_side = self.attention.map(|side| new(side, &o, hidden, hidden));
-            block.ffn_side = self.ffn.map(|side| new(side, &down, hidden, hidden));
-            if let Some((rank, scale)) = self.per_head {
-                let shape = [config.heads, rank, config.head_dim];
-                block.mixer.head_adapter = Some(HeadAdapter::new(shape, scale, rng, &device));
-            }
-        }
-        if let Some((tokens, net)) = self.prefix {
-            let shape = [hidden, net];
-            let prefix = Prefix::new(tokens, config.layers, kv_width, shape, rng, &device);
-            decoder.frame.prefix = Some(prefix);
-        }
-        if let Some(tokens) = self.prompt {
-            let values: Vec<f32> =
-                (0..tokens * hidden).map(|_| 0.02 * rng.normal() as f32).collect();
-            let table = burn::tensor::TensorData::new(values, [tokens, hidden]);
-            let table = burn::tensor::Tensor::from_data(table, &device);
-            decoder.frame.prompt = Some(burn::module::Param::from_tensor(table));
-        }
-        let mut rules = vec![Rule::freeze("@all")];
-        let sides = self.heads.or(self.attention).or(self.ffn);
-        if let Some(side) = sides {
-            rules.extend([Rule::train("*.adapter_down.*"), Rule::train("*.adapter_up.*")]);
-            rules.extend(side.learnable.then(|| Rule::train("*.adapter_gain")));
-        }
-        rules.extend(self.per_head.map(|_| Rule::train("*.head_adapter.*")));
-        rules.extend(self.prefix.map(|_| Rule::train("prefix.*")));
-        rules.extend(self.prompt.map(|_| Rule::train("prompt.*")));
-        Ok(Scope { rules })
-    }
-}
-
-fn one(device: &refit_nn::BurnDevice) -> burn::module::Param<burn::tensor::Tensor<1>> {
-    burn::module::Param::from_tensor(burn::tensor::Tensor::ones([1], device))
-}
-
 impl Method for UnifiedPeft {
     const INFO: Info = Info {
         name: "unified-peft",
@@ -345,7 +189,7 @@ impl Method for UnifiedPeft {
     };
 
     fn claim() -> Option<Claim> {
-        Some(super::claims::unified::CLAIM)
+        Some(claim::CLAIM)
     }
 
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
@@ -353,6 +197,15 @@ impl Method for UnifiedPeft {
         self.check()?;
         let design = self.design();
         let config = training::language_model(Self::INFO.name, &inputs.models[0])?;
+        if design.prefix.is_some() && config.windows.iter().any(Option::is_some) {
+            return Err(Error::Conflict {
+                method: Self::INFO.name,
+                problem: format!(
+                    "{} attends through sliding windows, which would pass over a prefix; take a preset without one",
+                    inputs.models[0].source
+                ),
+            });
+        }
         let shapes = tensors(&design, inputs, &config);
         adapter_plan(self, inputs, &self.training, shapes, design.virtual_tokens())
     }
@@ -385,7 +238,6 @@ fn tensors(
     let (hidden, heads) = (config.hidden, config.heads * config.head_dim);
     let mut all = Vec::new();
     let architecture = inputs.models[0].artifact.architecture();
-    use refit_store::architecture::Role;
     for site in architecture.linears() {
         let mut side = |side: Option<Side>, outputs: usize| {
             let Some(side) = side else { return };
@@ -421,74 +273,6 @@ fn tensors(
         all.push(("prompt_embeddings".into(), vec![tokens, hidden]));
     }
     all
-}
-
-/// What a trained model learned, as it is written.
-pub fn learned(model: &Decoder, function: Function) -> (Vec<Part>, Option<Prompt>) {
-    let mut parts = Vec::new();
-    for block in &model.blocks {
-        let (o, down) = (block.mixer.o.site.as_str(), block.ffn.down_site());
-        let places = [
-            (&block.mixer.side, o, "heads"),
-            (&block.mixer_side, o, "attention"),
-            (&block.ffn_side, down, "ffn"),
-        ];
-        for (side, site, position) in places {
-            let Some(side) = side else { continue };
-            let gain = side.gain.as_ref().map_or(1.0, |gain| ops::to_vec(&gain.val())[0]);
-            let (down, down_bias) = matrix(&side.down);
-            let (up, up_bias) = matrix(&side.up);
-            parts.push(Part {
-                site: site.to_owned(),
-                form: Form::Bottleneck {
-                    down,
-                    down_bias,
-                    up,
-                    up_bias,
-                    // A learned factor is one number by now.
-                    scale: side.scale as f32 * gain,
-                    activation: function.name().into(),
-                    sequential: side.sequential,
-                    position: position.into(),
-                },
-            });
-        }
-        if let Some(adapter) = &block.mixer.head_adapter {
-            let values = |x: burn::tensor::Tensor<3>| Values {
-                shape: x.dims().to_vec(),
-                values: ops::to_vec(&x),
-            };
-            parts.push(Part {
-                site: o.to_owned(),
-                form: Form::Heads {
-                    keys: values(adapter.keys.val()),
-                    values: values(adapter.values.val()),
-                    scale: adapter.scale as f32,
-                },
-            });
-        }
-    }
-    let table =
-        |x: burn::tensor::Tensor<2>| Values { shape: x.dims().to_vec(), values: ops::to_vec(&x) };
-    let prompt = match (&model.frame.prefix, &model.frame.prompt) {
-        (Some(prefix), _) => Some(Prompt::Prefix {
-            tokens: prefix.tokens(),
-            layers: model.config().layers,
-            table: table(prefix.keys_and_values()),
-        }),
-        (None, Some(prompt)) => {
-            Some(Prompt::Input { tokens: prompt.val().dims()[0], table: table(prompt.val()) })
-        }
-        (None, None) => None,
-    };
-    (parts, prompt)
-}
-
-fn matrix(linear: &Linear) -> (Values, Vec<f32>) {
-    let weight = linear.weight();
-    let values = Values { shape: weight.dims().to_vec(), values: ops::to_vec(&weight) };
-    let bias = linear.bias.as_ref().map(|bias| ops::to_vec(&bias.val())).unwrap_or_default();
-    (values, bias)
 }
 
 /// The configuration of what was learned.

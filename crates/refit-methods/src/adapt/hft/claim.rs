@@ -16,7 +16,7 @@ use refit_train::claim::{Claim, ClaimContext};
 use refit_train::stats;
 use refit_train::train::{Rule, Scope};
 
-use crate::adapt::hft::{Balance, Freezing, Level, Slot};
+use super::plan::{Balance, Freezing, Level, Slot};
 use crate::lab::bytes::{self, Fit, Source, Text};
 
 /// The claim.

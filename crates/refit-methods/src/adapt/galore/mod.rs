@@ -8,8 +8,10 @@
 //! As in the reference, the moments are kept when the basis changes, and embeddings, head, norms and biases get plain Adam. The
 //! reference's doubling of `T` in per-layer mode, which works around its hooks firing twice, is not copied.
 
+mod claim;
+
 use clap::Args;
-use refit_train::train::optimizer::{Refresh, Side};
+use refit_train::train::optimizer::Side;
 use refit_train::train::{OptimizerConfig, Scope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -83,29 +85,20 @@ crate::paper_defaults!(GaLore);
 
 impl GaLore {
     fn optimizer(&self) -> OptimizerConfig {
-        let OptimizerConfig::GaLore { betas, eps, targets, .. } =
-            OptimizerConfig::galore(self.rank)
-        else {
-            unreachable!("invariant: that is GaLore")
-        };
-        OptimizerConfig::GaLore {
-            rank: self.rank,
-            gap: self.update_proj_gap,
-            scale: self.scale as f32,
-            side: match self.proj_type {
+        let mut config = OptimizerConfig::galore(self.rank);
+        if let OptimizerConfig::GaLore { gap, scale, side, eight_bit, .. } = &mut config {
+            *gap = self.update_proj_gap;
+            *scale = self.scale as f32;
+            *eight_bit = self.eight_bit;
+            *side = match self.proj_type {
                 Projection::Std => Side::Std,
                 Projection::ReverseStd => Side::ReverseStd,
                 Projection::Left => Side::Left,
                 Projection::Right => Side::Right,
                 Projection::Full => Side::Full,
-            },
-            betas,
-            eps,
-            eight_bit: self.eight_bit,
-            on_refresh: Refresh::Keep,
-            stagger: false,
-            targets,
+            };
         }
+        config
     }
 
     fn check(&self) -> Result<()> {
@@ -153,7 +146,7 @@ impl Method for GaLore {
     };
 
     fn claim() -> Option<Claim> {
-        Some(super::claims::galore::CLAIM)
+        Some(claim::CLAIM)
     }
 
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {

@@ -6,15 +6,15 @@
 
 use refit_data::Rng;
 use refit_nn::adapt::Lora;
+use refit_nn::side::Init;
 use refit_nn::{Decoder, Trainable};
 use refit_train::BoxError;
 use refit_train::claim::{Claim, ClaimContext};
 use refit_train::stats;
 use refit_train::train::Scope;
 
-use crate::adapt::unified::{Design, Function, Side};
+use super::{Design, Function, Side};
 use crate::lab::bytes::{self, Fit, Source, Text};
-use refit_nn::side::Init;
 
 /// The claim.
 pub const CLAIM: Claim = Claim {

@@ -8,7 +8,7 @@ use refit_train::BoxError;
 use refit_train::claim::{Claim, ClaimContext};
 use refit_train::train::{OptimizerConfig, Recipe, Schedule, Scope};
 
-use crate::adapt::compander::{scope, shape_of_weights};
+use super::{scope, shape_of_weights};
 use crate::lab::images::{self, Augment, Fit, Images};
 
 /// The claim.

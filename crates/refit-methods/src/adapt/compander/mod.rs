@@ -8,6 +8,8 @@
 //! not at hand: the curve is recalled, its scope, starting values (slope 1.1, bound three times the largest weight) and the
 //! tenth of the rate for `a` and `b` are inferred. Weight decay acts on `v`.
 
+mod claim;
+
 use clap::Args;
 use refit_nn::adapt::{Compander, CompanderOptions, Curve};
 use refit_train::train::{Rule, Scope};
@@ -127,7 +129,7 @@ impl Method for WeightCompander {
     };
 
     fn claim() -> Option<Claim> {
-        Some(super::claims::compander::CLAIM)
+        Some(claim::CLAIM)
     }
 
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {

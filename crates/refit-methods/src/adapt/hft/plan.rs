@@ -1,37 +1,18 @@
-//! Half Fine-Tuning: *HFT: Half Fine-Tuning for Large Language Models* (arXiv:2404.18466), and Half-Reset, its pilot study.
-//!
-//! A seeded plan freezes half of the tensors, by category: in every block two of `{q, k, v, o}`; two of `{gate, up, down}` in half
-//! of the blocks and one in the others; one of the block's two norms. Embeddings, head and final norm always train. Frozen
-//! tensors get no gradient, no moments and no decay, and are copied byte for byte. Each round (training stage) draws another
-//! plan. `half-reset` copies the base's tensors into the frozen half of a model that is tuned already.
-//!
-//! Not in the paper, or read in a third party's notes of it: biases follow their matrix; ratios other than one half follow
-//! gucci-j/ssu (the nearest count of each category, then single matrices until the block's share of parameters is nearest);
-//! `layer` freezes whole blocks and `model` draws among all matrices; optimizer state is fresh in every round.
+//! Which tensors one round leaves alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
 use refit_data::Rng;
-use refit_store::SideFile;
 use refit_store::architecture::{Architecture, Role, Site};
+use refit_store::{DType, SideFile};
 use refit_train::train::{Rule, Scope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::finetune::model_plan;
-use super::frame::Session;
-use super::training::{self, Training};
-use crate::emit::Emitter;
 use crate::error::{Error, Result};
 use crate::inputs::ModelInput;
-use crate::merge::fold::compare;
-use crate::method::{
-    Action, Claim, Context, Effort, Family, Info, InputSpec, Inputs, Method, Output, OutputKind,
-    Paper, Plan, Taxonomy, Touches, Unit,
-};
-use crate::rewrite::{OutputType, copy};
 
 /// File beside the weights that says what was frozen.
 pub const FREEZE_PLAN: &str = "freeze_plan.json";
@@ -86,46 +67,7 @@ pub struct Freezing {
     pub freeze_embeddings: bool,
 }
 
-/// Parameters of half fine-tuning.
-#[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default)]
-pub struct Hft {
-    /// The plan.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub freezing: Freezing,
-    /// Peak learning rate.
-    #[arg(long, default_value_t = 2e-5)]
-    pub learning_rate: f64,
-    /// Element type of the weights that are written.
-    #[arg(long, value_enum, default_value_t)]
-    pub dtype: OutputType,
-    /// The run.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub training: Training,
-}
-
-/// Parameters of half-reset.
-#[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default)]
-pub struct HalfReset {
-    /// The plan.
-    #[command(flatten)]
-    #[serde(flatten)]
-    pub freezing: Freezing,
-    /// Element type of the weights that are written.
-    #[arg(long, value_enum, default_value_t)]
-    pub dtype: OutputType,
-}
-
-crate::paper_defaults!(Freezing, Hft, HalfReset);
-
-const PAPER: Paper = Paper {
-    title: "HFT: Half Fine-Tuning for Large Language Models",
-    reference: "arXiv:2404.18466",
-    year: 2024,
-};
+crate::paper_defaults!(Freezing);
 
 /// Which tensors one round leaves alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -137,6 +79,9 @@ pub struct FreezePlan {
     /// Tensors of the model that are frozen.
     pub frozen: BTreeSet<String>,
 }
+
+/// Roles of matrices in blocks that are neither attention nor a gated ffn.
+const OTHER: [Role; 4] = [Role::Qkv, Role::GateUp, Role::Conv, Role::Other];
 
 /// A tensor of a model, as a plan sees it.
 #[derive(Clone, Debug)]
@@ -170,9 +115,20 @@ struct Piece<'a> {
 }
 
 impl Freezing {
-    fn check(&self, method: &'static str, model: &ModelInput) -> Result<()> {
+    pub(super) fn check(&self, method: &'static str, model: &ModelInput) -> Result<()> {
         if !(0.0..=1.0).contains(&self.ratio) {
             return Err(Error::range(method, "ratio", self.ratio, "a share from 0 to 1"));
+        }
+        let packed = |info: &&refit_store::TensorInfo| matches!(info.dtype, DType::Ggml(_));
+        if let Some(info) = model.artifact.tensors().iter().find(packed) {
+            return Err(Error::Conflict {
+                method,
+                problem: format!(
+                    "{}: `{}` is block-quantized ({}), and what is frozen must stay to the byte; write it in floats first: \
+                     refit apply model-soups {0} -o FLOATS",
+                    model.source, info.name, info.dtype
+                ),
+            });
         }
         let fused = |site: &&Site| matches!(site.role, Role::Qkv | Role::GateUp);
         if let Some(site) = model.artifact.architecture().sites.iter().find(fused)
@@ -253,7 +209,14 @@ impl Freezing {
                 _ => (self.ratio * ffn.len() as f64).round() as usize,
             };
             let count = |n: usize| (self.ratio * n as f64).round() as usize;
-            let parts = [(&attention, count(attention.len())), (&ffn, ffn_count)];
+            // A block of another kind: half of its matrices, whatever they are.
+            let known = !(attention.is_empty() && ffn.is_empty());
+            let others = if known { Vec::new() } else { of(&OTHER) };
+            let parts = [
+                (&attention, count(attention.len())),
+                (&ffn, ffn_count),
+                (&others, count(others.len())),
+            ];
             for (pieces, count) in parts {
                 chosen.extend(self.choose(pieces, count, &mut share, rng));
             }
@@ -331,7 +294,7 @@ impl Freezing {
     }
 
     /// The round that this run is.
-    fn round(&self, model: &ModelInput) -> u64 {
+    pub(super) fn round(&self, model: &ModelInput) -> u64 {
         self.round.unwrap_or_else(|| last_round(model).map_or(0, |round| round + 1))
     }
 }
@@ -373,7 +336,7 @@ fn last_round(model: &ModelInput) -> Option<u64> {
 }
 
 impl FreezePlan {
-    fn scope(&self, model: &ModelInput) -> Scope {
+    pub(super) fn scope(&self, model: &ModelInput) -> Scope {
         let tied = |name: &&String| {
             model.artifact.architecture().site(name).is_none_or(|site| site.tied_to.is_none())
         };
@@ -392,7 +355,7 @@ impl FreezePlan {
         json!({ "round": self.round, "seed": self.seed, "tensors": by_name })
     }
 
-    fn file(&self, model: &ModelInput) -> SideFile {
+    pub(super) fn file(&self, model: &ModelInput) -> SideFile {
         let mut text = format!("{:#}", self.describe(model));
         text.push('\n');
         SideFile::from_bytes(FREEZE_PLAN, text.into_bytes())
@@ -406,133 +369,6 @@ impl FreezePlan {
             frozen += if self.frozen.contains(&slot.name) { slot.numel } else { 0 };
         }
         frozen as f64 / all.max(1) as f64
-    }
-}
-
-impl Method for Hft {
-    const INFO: Info = Info {
-        name: "hft",
-        title: "Half Fine-Tuning",
-        summary: "Fine-tunes half of the tensors, drawn anew in every round, so that less is forgotten",
-        family: Family::Adapt,
-        paper: PAPER,
-        inputs: InputSpec::TUNED,
-        output: OutputKind::Model,
-        taxonomy: Taxonomy {
-            path: &["adaptation", "partial"],
-            needs: Effort::FineTuning,
-            touches: &[Touches::Weights],
-            composes_with: &["half-reset", "model-soups"],
-        },
-    };
-
-    fn claim() -> Option<Claim> {
-        Some(super::claims::hft::CLAIM)
-    }
-
-    fn plan(&self, inputs: &Inputs) -> Result<Plan> {
-        let model = &inputs.models[0];
-        self.training.check(Self::INFO.name, self.learning_rate)?;
-        self.freezing.check(Self::INFO.name, model)?;
-        let round = self.freezing.round(model);
-        // The share of what trains does not depend on the seed by much; the exact plan is drawn when it runs.
-        let freeze = self.freezing.draw(&slots(model.artifact.architecture()), round, 0);
-        let scope = freeze.scope(model);
-        let mut plan = model_plan(self, inputs, &self.training, self.dtype, &scope)?;
-        plan.steps
-            .insert(0, format!("round {round}: draw which tensors are frozen, from the seed"));
-        if self.freezing.ratio == 1.0 {
-            plan.warnings.push(
-                "ratio 1: every block is frozen, only embeddings, head and final norm train".into(),
-            );
-        }
-        Ok(plan)
-    }
-
-    fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
-        let model = &inputs.models[0];
-        let training = &self.training;
-        let round = self.freezing.round(model);
-        let slots = slots(model.artifact.architecture());
-        let freeze = self.freezing.draw(&slots, round, cx.seed);
-        let examples = training::examples(Self::INFO.name, inputs, training, 0)?;
-        // The plan was made without the seed: what is copied and what is written follows from it.
-        let plan = &Plan {
-            tensors: plan
-                .tensors
-                .iter()
-                .cloned()
-                .map(|mut tensor| {
-                    let first = model.artifact.architecture().site(&tensor.name);
-                    let name = first.and_then(|s| s.tied_to.clone()).unwrap_or(tensor.name.clone());
-                    let frozen = freeze.frozen.contains(&name);
-                    tensor.action = if frozen { Action::Copy } else { Action::Transform };
-                    tensor
-                })
-                .collect(),
-            ..plan.clone()
-        };
-        let rate = self.learning_rate;
-        let session = Session { inputs, plan, cx, training, rate, dropout: 0.0 };
-        let mut trained = session.train(&examples, |_, _| Ok(freeze.scope(model)), |_| {})?;
-        trained.report["round"] = json!(round);
-        trained.report["frozen_share"] = json!(freeze.frozen_share(&slots));
-        trained.add_file(freeze.file(model));
-        trained.write_model(&session)
-    }
-}
-
-impl Method for HalfReset {
-    const INFO: Info = Info {
-        name: "half-reset",
-        title: "Half-Reset",
-        summary: "Puts half of a tuned model's tensors back to those of its base, without training",
-        family: Family::Adapt,
-        paper: PAPER,
-        inputs: InputSpec { min_models: 2, max_models: Some(2), ..InputSpec::WEIGHTS },
-        output: OutputKind::Model,
-        taxonomy: Taxonomy {
-            path: &["adaptation", "partial", "reset"],
-            needs: Effort::None,
-            touches: &[Touches::Weights],
-            composes_with: &["model-soups"],
-        },
-    };
-
-    fn plan(&self, inputs: &Inputs) -> Result<Plan> {
-        let tuned = &inputs.models[0];
-        self.freezing.check(Self::INFO.name, tuned)?;
-        let mut plan = Plan::of(self);
-        compare(&inputs.models, self.dtype, &mut plan)?;
-        plan.steps.push("draw which tensors go back to the base's, from the seed".into());
-        Ok(plan)
-    }
-
-    fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
-        let [tuned, base] = &inputs.models[..] else {
-            return Err(Error::NoOutput);
-        };
-        let round = self.freezing.round.unwrap_or(0);
-        let slots = slots(tuned.artifact.architecture());
-        let freeze = self.freezing.draw(&slots, round, cx.seed);
-        let emitter = Emitter::begin(inputs, plan, cx)?;
-        cx.progress.begin("copying", plan.tensors.len() as u64, Unit::Tensors);
-        for tensor in &plan.tensors {
-            if !emitter.is_done(&tensor.name) {
-                let from = if freeze.frozen.contains(&tensor.name) { base } else { tuned };
-                copy(&from.artifact, &from.source, &emitter, tensor)?;
-            }
-            cx.progress.advance(1);
-        }
-        cx.progress.end();
-        let report = json!({
-            "round": round,
-            "reset_tensors": freeze.frozen.len(),
-            "reset_share": freeze.frozen_share(&slots),
-        });
-        let files = vec![freeze.file(tuned)];
-        let artifact = emitter.finish(inputs, plan, cx, files, &report)?;
-        Ok(Output { artifact: Some(artifact), report, warnings: Vec::new() })
     }
 }
 
@@ -631,6 +467,18 @@ mod tests {
         let model = Freezing { level: Level::Model, ..freezing() }.draw(&slots, 0, 0);
         assert_eq!(model.frozen.len(), 6 * 7 / 2);
         assert!(model.frozen.iter().all(|name| !name.contains("norm")));
+    }
+
+    #[test]
+    fn a_block_of_another_kind_loses_half_of_its_matrices() {
+        let slot = |i: usize| Slot {
+            name: format!("0.mixer.{i}.weight"),
+            role: Role::Other,
+            layer: Some(0),
+            numel: 10,
+        };
+        let slots: Vec<Slot> = (0..6).map(slot).collect();
+        assert_eq!(freezing().draw(&slots, 0, 0).frozen.len(), 3);
     }
 
     #[test]
