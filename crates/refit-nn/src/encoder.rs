@@ -173,7 +173,7 @@ impl Encoder {
         let context = self.context(&lengths);
         for (index, block) in self.blocks.iter().enumerate() {
             x = match run.checkpoints() {
-                true => checkpoint::block(block, x, &context, index),
+                true => checkpoint::block(block, x, &context, index, run.precision),
                 false => block.forward(x, &context, index, run),
             };
         }

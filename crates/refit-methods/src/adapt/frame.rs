@@ -97,7 +97,8 @@ impl Session<'_> {
             let rows = training.batch;
             let dropout = Dropout::new(self.dropout, cx.seed ^ at.batch.wrapping_mul(0x9e37_79b9));
             let checkpoint = training.checkpoint_activations;
-            let mut run = Run { dropout, checkpoint, ..Run::plain() };
+            let precision = training.precision.precision();
+            let mut run = Run { dropout, checkpoint, precision, ..Run::plain() };
             let (loss, tokens) = next_token(model, &ids, rows, Some(&learned), &mut run)?;
             Ok(Terms::one("cross-entropy", loss, tokens))
         };

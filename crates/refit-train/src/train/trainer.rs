@@ -197,6 +197,12 @@ impl<M: Trainable> Trainer<M> {
         self.states.values().map(State::bytes).sum()
     }
 
+    /// Bytes of optimizer state of each parameter that has one.
+    pub fn states(&self) -> impl Iterator<Item = (&str, usize)> {
+        let bytes = |p: &Parameter| self.states.get(&p.id).map(State::bytes);
+        self.parameters.iter().filter_map(move |p| Some((p.name.as_str(), bytes(p)?)))
+    }
+
     /// The most bytes that gradients of parameters took at once in any step so far. What kernels hold inside is not counted.
     pub fn gradient_bytes(&self) -> usize {
         self.gradient_bytes
