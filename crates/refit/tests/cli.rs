@@ -196,7 +196,7 @@ fn report_draws_a_run_again() {
     for part in [
         "LoRA of tiny",
         "<h2>Training</h2>",
-        "perplexity before",
+        "perplexity, before to after",
         "Learning rate",
         "refit apply lora",
     ] {

@@ -147,7 +147,7 @@ fn a_training_shows_a_panel_and_takes_it_away() {
     let mut terminal = Terminal::run(&place, &args, (24, 80), &[]);
     assert!(terminal.until(|text| text.contains("/200")
         && text.contains("checkpoint      ")
-        && text.contains("was ")));
+        && text.contains("ppl before")));
     assert!(
         terminal.until(|text| text.chars().any(|c| ('\u{2801}'..='\u{28ff}').contains(&c))),
         "{}",

@@ -12,7 +12,7 @@ const WIDEST: usize = 96;
 /// Most rows of the plot.
 const PLOT: usize = 5;
 /// Columns of a cell with a name and a number, and between two of them.
-const CELL: (usize, usize) = (19, 3);
+const CELL: (usize, usize) = (18, 3);
 /// Columns left of the plot, for the numbers at its edges.
 const GUTTER: usize = 7;
 
@@ -40,6 +40,16 @@ impl Line {
             Some((last, before)) if *last == ink => before.push_str(&text),
             _ => self.0.push((ink, text)),
         }
+    }
+
+    /// What fits into that many columns.
+    fn clip(mut self, columns: usize) -> Self {
+        let mut left = columns;
+        for (_, text) in &mut self.0 {
+            *text = text.chars().take(left).collect();
+            left -= text.chars().count();
+        }
+        self
     }
 
     /// Columns that it takes.
@@ -162,7 +172,7 @@ impl Training {
             lines.push(line);
         }
         lines.truncate(most);
-        lines
+        lines.into_iter().map(|line| line.clip(width)).collect()
     }
 
     /// Name, bar, updates and share.
@@ -233,8 +243,7 @@ impl Training {
             cell("trains", number::parameters(self.parameters)),
         ];
         // Only where a text was held out: what the model made of it at the start.
-        cells
-            .extend(self.held_out.map(|p| cell("perplexity", format!("was {}", number::plain(p)))));
+        cells.extend(self.held_out.map(|p| cell("ppl before", number::plain(p))));
         cells
     }
 }
@@ -317,7 +326,8 @@ mod tests {
             "512 MB",
             "checkpoint",
             "100",
-            "was 23.46",
+            "ppl before",
+            "23.46",
             "1.23 M",
         ] {
             assert!(all.contains(part), "{part} is missing:\n{all}");
@@ -348,7 +358,9 @@ mod tests {
     #[test]
     fn the_smallest_terminal_still_shows_the_numbers_that_matter() {
         let all = text(&training(137), SMALLEST.0, SMALLEST.1).join("\n");
-        for part in ["137/400", "loss", "2.022", "rate", "left", "1:19", "checkpoint"] {
+        for part in
+            ["137/400", "loss", "2.022", "rate", "left", "1:19", "checkpoint", "512 MB", "23.46"]
+        {
             assert!(all.contains(part), "{part} is missing:\n{all}");
         }
     }
@@ -368,7 +380,7 @@ mod tests {
         let all = text(&training, 80, 24).join("\n");
         assert!(all.contains("201/400") && all.contains("50 %"), "{all}");
         assert!(all.contains("200"), "the checkpoint that it goes on from:\n{all}");
-        assert!(!all.contains("perplexity"), "{all}");
+        assert!(!all.contains("ppl"), "{all}");
         // 41 s for one update, 199 are left: earlier processes' updates cost this one nothing.
         assert!(all.contains(&clock(41.0 * 199.0)), "{all}");
         assert!(training.epitaph().contains("update 201 of 400"), "{}", training.epitaph());

@@ -266,7 +266,10 @@ mod tests {
                         };
                         match code {
                             'F' => (*row, *column) = (*row - argument.parse::<usize>().unwrap(), 0),
-                            'K' => self.rows.resize(self.rows.len().max(*row + 1), Vec::new()),
+                            'K' => {
+                                self.rows.resize(self.rows.len().max(*row + 1), Vec::new());
+                                self.rows[*row].truncate(*column);
+                            }
                             'J' => self.rows.truncate(*row),
                             _ => assert_eq!(code, 'm'),
                         }

@@ -75,7 +75,7 @@ pub fn lines(series: &[Series], style: Style) -> String {
         r#"<svg viewBox="0 0 {width} {height}" role="img" aria-label="{0} by update"><title>{0} by update</title><text class="soft" x="0" y="12">{0}</text>"#,
         Esc(axis)
     );
-    for value in y.ticks(if height > 260.0 { 6 } else { 4 }) {
+    for value in y.ticks(if height > 260.0 { 8 } else { 5 }) {
         let at = y.at(value);
         let _ = write!(
             out,
@@ -235,7 +235,7 @@ fn thin(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
 
 /// Points on either side that a running mean takes in.
 fn reach(points: usize) -> usize {
-    points / 24
+    points / 16
 }
 
 /// Mean over the neighbours of each point, fewer towards the ends: it follows the curve and does not lag behind it.

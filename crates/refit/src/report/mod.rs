@@ -158,8 +158,11 @@ fn figures(page: &mut String, run: &RunRecord, evaluation: &Evaluation) {
     let scatter = charts::scatter(&points, "packed size, MB", "KL to the original, nats per token");
     let chosen = group_sizes(run);
     let paired = !scatter.is_empty() && chosen.is_some();
-    if paired {
-        page.push_str("<div class=\"pair\">\n");
+    // Two half-wide plots share a row; one alone must not be blown up to the page's width.
+    let row = if paired { "pair" } else { "alone" };
+    let any = !scatter.is_empty() || chosen.is_some();
+    if any {
+        let _ = writeln!(page, "<div class=\"{row}\">");
     }
     if !scatter.is_empty() {
         sections::figure(
@@ -177,7 +180,7 @@ fn figures(page: &mut String, run: &RunRecord, evaluation: &Evaluation) {
             &charts::stacked(&rows, &series, "group sizes by role"),
         );
     }
-    if paired {
+    if any {
         page.push_str("</div>\n");
     }
 }

@@ -44,7 +44,7 @@ pub(super) fn section(page: &mut String, run: &RunRecord) {
     };
     let _ = writeln!(
         page,
-        "<section>\n<h2>Training</h2>\n<p class=\"sub\">{} Held-out perplexity is measured before the first and after \
+        "<section id=\"training\">\n<h2>Training</h2>\n<p class=\"sub\">{} Held-out perplexity is measured before the first and after \
          the last update; optimizer state is what the optimizer remembers of each parameter.</p>",
         match several {
             true => "How the steps that learn went about it, on the same scale.",
@@ -101,16 +101,21 @@ fn legend(series: &[Series]) -> String {
     out
 }
 
+/// From one value to another.
+fn arrow((from, to): (f64, f64)) -> String {
+    format!("{} → {}", number::plain(from), number::plain(to))
+}
+
 fn table(page: &mut String, run: &RunRecord, trained: &[&ArtifactRecord]) {
     let has = |key: &str| trained.iter().any(|artifact| !artifact.report[key].is_null());
     let (held_out, timed) = (has("held_out_perplexity_after"), has("learned_tokens_per_second"));
-    let mut heads = vec!["step", "updates", "trained parameters", "optimizer state"];
+    let mut heads = vec!["step", "updates", "parameters", "optimizer state"];
     if timed {
         heads.extend(["tokens/s", "time"]);
     }
     heads.push("loss, first to last");
     if held_out {
-        heads.extend(["perplexity before", "after"]);
+        heads.push("perplexity, before to after");
     }
     page.push_str("<div class=\"scroll spaced\"><table>\n<thead><tr>");
     for head in heads {
@@ -141,11 +146,11 @@ fn table(page: &mut String, run: &RunRecord, trained: &[&ArtifactRecord]) {
             cell(number(artifact, "training_seconds").map(number::seconds), false);
         }
         let ends = number(artifact, "first_loss").zip(number(artifact, "last_loss"));
-        cell(ends.map(|(a, b)| format!("{} → {}", number::plain(a), number::plain(b))), false);
+        cell(ends.map(arrow), false);
         if held_out {
-            cell(number(artifact, "held_out_perplexity_before").map(number::plain), false);
             let after = after(artifact);
-            cell(after.map(number::plain), trained.len() > 1 && after == Some(best));
+            let ends = number(artifact, "held_out_perplexity_before").zip(after);
+            cell(ends.map(arrow), trained.len() > 1 && after == Some(best));
         }
         page.push_str("</tr>\n");
     }
@@ -195,7 +200,10 @@ mod tests {
         {
             assert!(page.contains(part), "{part} is missing");
         }
-        assert!(page.contains("<td class=\"best\">27.00</td>"), "the lowest perplexity is marked");
+        assert!(
+            page.contains("<td class=\"best\">30.50 → 27.00</td>"),
+            "the lowest perplexity is marked"
+        );
         assert_eq!((colour(&run, "a"), colour(&run, "b")), (Some(1), Some(2)));
         assert!(!page.contains("NaN"));
     }
