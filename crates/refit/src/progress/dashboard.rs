@@ -42,12 +42,20 @@ impl Line {
         }
     }
 
-    /// What fits into that many columns.
+    /// What fits into that many columns, without the spaces at its end: some terminals keep those when they wrap a line anew,
+    /// and some do not.
     fn clip(mut self, columns: usize) -> Self {
         let mut left = columns;
         for (_, text) in &mut self.0 {
             *text = text.chars().take(left).collect();
             left -= text.chars().count();
+        }
+        while let Some((_, text)) = self.0.last_mut() {
+            text.truncate(text.trim_end_matches(' ').len());
+            if !text.is_empty() {
+                break;
+            }
+            self.0.pop();
         }
         self
     }
@@ -347,6 +355,7 @@ mod tests {
                         let wide = line.chars().count();
                         assert!(wide < width && wide <= WIDEST, "{width}: `{line}` is {wide}");
                         assert!(line.chars().all(|c| !c.is_control()), "{line:?}");
+                        assert!(!line.ends_with(' '), "{line:?}");
                     }
                     // The panel keeps its height while it runs, so that nothing jumps.
                     assert_eq!(lines.len(), text(&self::training(0), width, height).len());
