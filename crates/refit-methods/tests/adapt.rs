@@ -97,7 +97,7 @@ fn adapters_learn_attach_and_merge_to_the_same_model() {
         ),
         (
             "unified-peft",
-            json!({"site": "heads", "form": "sequential", "function": "gelu", "scale": 2.0, "bottleneck": 4}),
+            json!({"site": "heads", "form": "sequential", "function": "gelu", "scale": 2.0, "bottleneck": 4, "learning_rate": 1e-2}),
             false,
         ),
         (

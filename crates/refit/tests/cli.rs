@@ -194,7 +194,7 @@ fn report_draws_a_run_again() {
     place.run(&["report", "verses/"]).code(0);
     let page = std::fs::read_to_string(place.path("verses.report.html")).unwrap();
     for part in [
-        "LoRA of tiny",
+        "LoRA of builtin:tiny",
         "<h2>Training</h2>",
         "perplexity, before to after",
         "Learning rate",
