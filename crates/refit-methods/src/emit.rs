@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use refit_store::architecture::{Layout, Site};
 use refit_store::artifact::Format;
 use refit_store::card::{Fact, Relation, licence_union};
-use refit_store::lineage::{DataUse, Parent};
+use refit_store::lineage::{DataUse, Estimate, Measurement, Parent};
 use refit_store::writer::ArtifactWriter;
 use refit_store::{Card, DType, Lineage, SideFile, TensorSpec, WritePlan};
 use serde_json::{Value, json};
@@ -248,6 +248,7 @@ fn describe(
             license: None,
         }))
         .collect();
+    lineage.measurements.extend(held_out(inputs, report));
     lineage.command = Some(command(inputs, plan, cx));
     let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
     let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
@@ -265,6 +266,19 @@ fn describe(
     (card.license, card.license_conflicts) = licence_union(&licences);
     card.checks.extend(checks(report));
     Ok((lineage, card))
+}
+
+/// What a training measured on held-out text, when it did.
+fn held_out(inputs: &Inputs, report: &Value) -> Option<Measurement> {
+    let value = |when: &str| report[format!("held_out_perplexity_{when}")].as_f64();
+    let names: Vec<String> = inputs.text.iter().map(|text| name_of(&text.source)).collect();
+    Some(Measurement {
+        metric: "perplexity".into(),
+        dataset: names.join(", "),
+        n: report["held_out_tokens"].as_u64()?,
+        before: Estimate::new(value("before")?, None),
+        after: Estimate::new(value("after")?, None),
+    })
 }
 
 /// The licence that a model's own card states.
@@ -316,18 +330,10 @@ fn quoted(word: &str) -> String {
 
 /// One line per number of a report that a reader of the card would ask for.
 fn checks(report: &Value) -> Vec<String> {
-    [
-        "bits_per_weight",
-        "packed_bytes",
-        "sparsity",
-        "ingredients",
-        "trained_parameters",
-        "held_out_perplexity_before",
-        "held_out_perplexity_after",
-    ]
-    .iter()
-    .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))
-    .collect()
+    ["bits_per_weight", "packed_bytes", "sparsity", "ingredients", "trained_parameters"]
+        .iter()
+        .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))
+        .collect()
 }
 
 /// The last part of a path or source string: a name that does not depend on where things lie.

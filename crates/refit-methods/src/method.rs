@@ -406,10 +406,44 @@ pub trait Progress: Send + Sync {
     fn advance(&self, by: u64);
     /// The stage is over.
     fn end(&self);
-    /// How the stage is going, in a few words that replace the last ones.
-    fn status(&self, _words: &str) {}
+    /// What happened in the stage under way, which is a training.
+    fn training(&self, _event: &TrainingEvent) {}
     /// A line worth showing now.
     fn note(&self, _message: &str) {}
+}
+
+/// What a training says of itself while it runs, between the beginning and the end of its stage.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TrainingEvent {
+    /// It begins, or goes on where an interrupted run stopped.
+    Begin {
+        /// Updates of the whole run.
+        updates: u64,
+        /// Parameters that train.
+        parameters: u64,
+        /// Perplexity of the model on held-out text before the first update, where there is such a text.
+        held_out: Option<f64>,
+    },
+    /// One update was made.
+    Update {
+        /// Its number, counted from 1.
+        update: u64,
+        /// Loss before it, mean over its examples, in nats per learned token.
+        loss: f64,
+        /// Learning rate.
+        rate: f64,
+        /// Norm of all gradients before clipping.
+        grad_norm: f64,
+        /// Tokens that were learned from.
+        tokens: usize,
+        /// Wall time, in seconds.
+        seconds: f64,
+    },
+    /// Everything up to this update, counted from 1, lies on disk: an interrupted run goes on from there.
+    Checkpoint {
+        /// The update.
+        update: u64,
+    },
 }
 
 /// Progress that goes nowhere.

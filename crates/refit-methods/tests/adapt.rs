@@ -89,6 +89,28 @@ fn adapters_learn_attach_and_merge_to_the_same_model() {
         ),
         ("unified-peft", json!({"preset": "mh-pa", "bottleneck": 4, "learning_rate": 1e-1}), false),
         ("unified-peft", json!({"preset": "prefix", "prefix_length": 4, "prefix_net": 0}), false),
+        (
+            "unified-peft",
+            json!({"site": ["attention", "ffn"], "form": "parallel", "function": ["linear", "silu"], "composition": "scaled",
+                   "bottleneck": 4, "learning_rate": 1e-2}),
+            false,
+        ),
+        (
+            "unified-peft",
+            json!({"site": "heads", "form": "sequential", "function": "gelu", "scale": 2.0, "bottleneck": 4, "learning_rate": 1e-2}),
+            false,
+        ),
+        (
+            "unified-peft",
+            json!({"site": ["per-head"], "function": ["softmax"], "composition": ["add"], "bottleneck": 4, "learning_rate": 1e-1}),
+            false,
+        ),
+        (
+            "unified-peft",
+            json!({"site": ["per-head", "heads", "ffn"], "bottleneck": 4, "prefix_length": 3, "prefix_net": 0,
+                   "learning_rate": 1e-2}),
+            false,
+        ),
         ("unified-peft", json!({"preset": "prompt", "prefix_length": 4}), false),
     ] {
         let name = format!("{method} {more}");
@@ -132,6 +154,147 @@ fn adapters_learn_attach_and_merge_to_the_same_model() {
     }
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
     assert!(left.is_empty(), "no checkpoints are left behind: {left:?}");
+}
+
+/// The card: l = 0 and r = 0 are the base model, exactly; and fresh adapters with `W_u = 0` are it to the bit.
+#[test]
+fn no_channels_and_no_tokens_are_the_base_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut inputs = tuned(LESSON);
+    inputs.text = vec![TextData { source: "held out".into(), text: LESSON.repeat(8) }];
+    let base = logits(&load(&tiny()));
+    let attached = |out: &Path| {
+        let opened = Adapter::open_on(out, &inputs.models[0].artifact).unwrap();
+        (logits(&adapter::attach(load(&tiny()), &opened).unwrap()), opened)
+    };
+    for (i, more) in [
+        json!({"bottleneck": 0, "prefix_length": 0}),
+        json!({"preset": "houlsby", "bottleneck": 0}),
+        json!({"preset": "prefix", "prefix_length": 0}),
+        json!({"preset": "prompt", "prefix_length": 0}),
+        json!({"preset": "mh-pa", "bottleneck": 0}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = dir.path().join(i.to_string());
+        let report = apply("unified-peft", small(more.clone()), &inputs, &out).unwrap();
+        assert_eq!((&report["updates"], &report["trained_parameters"]), (&json!(0), &json!(0)));
+        assert_eq!(report["held_out_perplexity_before"], report["held_out_perplexity_after"]);
+        let (logits, opened) = attached(&out);
+        assert!(opened.parts().is_empty() && opened.prompt().is_none(), "{more}");
+        assert!(logits == base, "{more} changes the model");
+        assert!(refit_store::Lineage::verify(&out).unwrap().is_ok(), "{more}");
+    }
+    // One of the two at zero leaves the other one.
+    let out = dir.path().join("half");
+    apply("unified-peft", small(json!({"bottleneck": 4, "prefix_length": 0})), &inputs, &out)
+        .unwrap();
+    let (_, opened) = attached(&out);
+    assert!(opened.prompt().is_none() && !opened.parts().is_empty());
+    let configured = registry::get("unified-peft").unwrap();
+    let zero = configured.from_value(&small(json!({"bottleneck": 0, "prefix_length": 0}))).unwrap();
+    let plan = zero.plan(&inputs).unwrap();
+    assert!(plan.tensors.is_empty() && plan.warnings[0].contains("nothing trains"), "{plan:?}");
+}
+
+/// The card's counts, as they are planned and as they are written.
+#[test]
+fn planned_tensors_are_those_that_are_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let linears = inputs.models[0].artifact.architecture();
+    let sides: usize = linears.linears().map(|site| site.shape.iter().sum::<usize>()).sum();
+    for (i, (method, more, count)) in [
+        // r (in + out) for each matrix.
+        ("lora", json!({"rank": 4}), Some(4 * sides)),
+        ("unified-peft", json!({"preset": "mh-pa", "bottleneck": 4}), None),
+        (
+            "unified-peft",
+            json!({"preset": "mam", "bottleneck": 4, "prefix_length": 2, "prefix_net": 0}),
+            None,
+        ),
+        ("unified-peft", json!({"site": ["attention", "ffn"], "bottleneck": 4}), None),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = dir.path().join(i.to_string());
+        let configured = registry::get(method).unwrap().from_value(&small(more.clone())).unwrap();
+        let plan = configured.plan(&inputs).unwrap();
+        configured.run(&inputs, &plan, &mut Context::new(&out)).unwrap();
+        let written = Artifact::open(out.join("adapter_model.safetensors")).unwrap();
+        let bare = |name: &str| name.trim_start_matches("base_model.model.").to_owned();
+        let mut found: Vec<(String, Vec<usize>)> =
+            written.tensors().iter().map(|t| (bare(&t.name), t.shape.clone())).collect();
+        let mut planned: Vec<(String, Vec<usize>)> =
+            plan.tensors.iter().map(|t| (bare(&t.name), t.shape.clone())).collect();
+        found.sort();
+        planned.sort();
+        assert_eq!(planned, found, "{method} {more}");
+        let all: usize = found.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert!(count.is_none_or(|count| count == all), "{method}: {all}, not {count:?}");
+    }
+}
+
+#[test]
+fn training_tells_what_happens_and_leaves_it_beside_the_weights() {
+    use refit_methods::method::{Progress, TrainingEvent, Unit};
+    #[derive(Default)]
+    struct Log(std::sync::Mutex<Vec<TrainingEvent>>);
+    impl Progress for Log {
+        fn begin(&self, _: &str, _: u64, _: Unit) {}
+        fn advance(&self, _: u64) {}
+        fn end(&self) {}
+        fn training(&self, event: &TrainingEvent) {
+            self.0.lock().unwrap().push(event.clone());
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut inputs = tuned(LESSON);
+    inputs.text = vec![TextData { source: "held out".into(), text: LESSON.repeat(8) }];
+    let configured = registry::get("lora").unwrap();
+    let parameters = small(json!({"rank": 2, "checkpoint_every": 3}));
+    let configured = configured.from_value(&parameters).unwrap();
+    let plan = configured.plan(&inputs).unwrap();
+    let (out, log) = (dir.path().join("out"), Arc::new(Log::default()));
+    let mut cx = Context { progress: log.clone(), ..Context::new(&out) };
+    let report = configured.run(&inputs, &plan, &mut cx).unwrap().report;
+    let events = log.0.lock().unwrap();
+    let TrainingEvent::Begin { updates: 4, parameters, held_out: Some(before) } = events[0] else {
+        panic!("{:?}", events[0]);
+    };
+    assert_eq!(report["trained_parameters"], parameters);
+    assert_eq!(report["held_out_perplexity_before"], before);
+    let updates: Vec<u64> = events
+        .iter()
+        .filter_map(|event| match event {
+            TrainingEvent::Update { update, loss, rate, grad_norm, tokens, .. } => {
+                assert!(loss.is_finite() && *rate > 0.0 && *grad_norm > 0.0 && *tokens > 0);
+                Some(*update)
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(updates, [1, 2, 3, 4]);
+    let saved = |event: &&TrainingEvent| matches!(event, TrainingEvent::Checkpoint { .. });
+    let saved: Vec<&TrainingEvent> = events.iter().filter(saved).collect();
+    assert_eq!(
+        saved,
+        [&TrainingEvent::Checkpoint { update: 3 }, &TrainingEvent::Checkpoint { update: 4 }]
+    );
+    // The summary is the report without what differs from run to run.
+    let file = std::fs::read(out.join("refit.training.json")).unwrap();
+    let summary: Value = serde_json::from_slice(&file).unwrap();
+    for key in ["loss", "learning_rate", "grad_norm"] {
+        assert_eq!(summary[key].as_array().unwrap().len(), 4, "{key}");
+    }
+    assert!(summary.as_object().unwrap().iter().all(|(key, value)| report[key] == *value));
+    assert!(summary.get("training_seconds").is_none() && report["training_seconds"].is_number());
+    let lineage = refit_store::Lineage::read(&out).unwrap().unwrap();
+    let measured = &lineage.measurements[0];
+    assert_eq!((measured.metric.as_str(), measured.before.unwrap().value), ("perplexity", before));
+    assert!(measured.n > 0 && measured.dataset == "held out");
 }
 
 #[test]
@@ -287,13 +450,22 @@ fn mistakes_are_found_before_training() {
         ),
         ("lora", json!({"max_length": 64}), lines("long.jsonl", &long), "long.jsonl:1"),
         ("lora", json!({}), lines("other.jsonl", "{\"question\": \"a\"}\n"), "found question"),
-        ("unified-peft", json!({"bottleneck": 0}), tuned(LESSON), "at least 1 channel"),
         (
             "unified-peft",
-            json!({"preset": "prefix", "prefix_length": 0}),
+            json!({"site": "ffn", "composition": "gated"}),
             tuned(LESSON),
-            "virtual token",
+            "add or scaled",
         ),
+        (
+            "unified-peft",
+            json!({"site": "fnn"}),
+            tuned(LESSON),
+            "`per-head`, `heads`, `attention`, `ffn`",
+        ),
+        ("unified-peft", json!({"preset": "prefix", "scale": 2.0}), tuned(LESSON), "no factor"),
+        ("unified-peft", json!({"composition": "add", "scale": 2.0}), tuned(LESSON), "--scale"),
+        ("unified-peft", json!({"preset": "mh-pa", "learnable_scale": true}), tuned(LESSON), "ffn"),
+        ("galore", json!({"target_modules": ["*.attn.*"]}), tuned(LESSON), "q_proj"),
         ("hft", json!({"ratio": 1.5}), tuned(LESSON), "from 0 to 1"),
         ("merge-adapter", json!({}), tuned(LESSON), "adapter beside the model"),
     ] {

@@ -292,8 +292,9 @@ fn side_files(directory: &Path) -> Result<Vec<SideFile>> {
 }
 
 fn passes_through(name: &str) -> bool {
-    // The card, the lineage and the index are written anew for every output.
-    if name.ends_with(".index.json") || name == "refit.lineage.json" {
+    // The card, the lineage, the index and what a training tells are written anew for every output.
+    let anew = ["refit.lineage.json", "refit.training.json"];
+    if name.ends_with(".index.json") || anew.contains(&name) {
         return false;
     }
     let extension = Path::new(name).extension().and_then(OsStr::to_str).unwrap_or("");

@@ -309,6 +309,7 @@ fn options(dir: &Path) -> RunOptions<'static> {
         resume: true,
         identity: "rows".into(),
         on_step: None,
+        on_checkpoint: None,
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::failure::{Code, Failure};
-use crate::output;
+use crate::{output, progress};
 
 /// Whether the verb at work keeps what it has finished for its next run.
 static RESUMES: AtomicBool = AtomicBool::new(false);
@@ -16,7 +16,8 @@ pub fn install(as_json: bool) {
     let _ = ctrlc::set_handler(move || {
         let resumes = RESUMES.load(Ordering::Relaxed);
         let mut err = std::io::stderr();
-        if !as_json && err.is_terminal() {
+        // A dashboard clears itself away and says in a line where the training stood.
+        if !progress::abandon(!as_json) && !as_json && err.is_terminal() {
             // Below the bar that may stand there.
             let _ = writeln!(err);
         }

@@ -24,7 +24,7 @@ use super::training::Training;
 use crate::emit::{self, Emitter};
 use crate::error::{Error, Result};
 use crate::inputs::Inputs;
-use crate::method::{Action, Context, Output, Plan, Unit};
+use crate::method::{Action, Context, Output, Plan, TrainingEvent, Unit};
 use crate::rewrite::copy;
 
 /// One run of training.
@@ -51,7 +51,7 @@ pub struct Trained {
     pub report: Value,
     /// What differs from run to run.
     costs: Value,
-    /// `training.jsonl` and what the method adds.
+    /// `training.jsonl` and what the method adds; [`SUMMARY`] joins them when they are written.
     files: Vec<SideFile>,
     /// What the model's weight files looked like when the work began.
     fingerprints: Vec<String>,
@@ -61,6 +61,9 @@ pub struct Trained {
 
 /// Held-out perplexity is measured on at most this many tokens of every text.
 const HELD_OUT_TOKENS: usize = 8192;
+
+/// What is known of a training, beside what it wrote: its report, without what differs from run to run.
+pub const SUMMARY: &str = "refit.training.json";
 
 impl Session<'_> {
     /// Trains. `prepare` attaches what is to be trained and says which parameters are; `adjust` may change the recipe.
@@ -103,7 +106,9 @@ impl Session<'_> {
             Ok(Terms::one("cross-entropy", loss, tokens))
         };
         cx.progress.begin("training", steps, Unit::Steps);
-        let mut curve: Vec<(u64, f64)> = Vec::new();
+        let held_out = before.map(|(perplexity, _)| perplexity);
+        let begin = TrainingEvent::Begin { updates: steps, parameters: trained, held_out };
+        cx.progress.training(&begin);
         let (mut tokens, mut seconds, mut seen) = (0u64, 0.0, 0u64);
         let mut on_step = |report: &StepReport| {
             if seen == 0 && report.step > 0 {
@@ -112,15 +117,18 @@ impl Session<'_> {
             seen += 1;
             tokens += report.items as u64;
             seconds += report.seconds;
-            curve.push((report.step, report.loss));
-            cx.progress.status(&format!(
-                "loss {:.3}, rate {:.1e}, {:.0} tokens/s",
-                report.loss,
-                report.rate,
-                report.items as f64 / report.seconds.max(1e-9)
-            ));
+            cx.progress.training(&TrainingEvent::Update {
+                update: report.step + 1,
+                loss: report.loss,
+                rate: report.rate,
+                grad_norm: report.grad_norm,
+                tokens: report.items,
+                seconds: report.seconds,
+            });
             cx.progress.advance(1);
         };
+        let mut on_checkpoint =
+            |update: u64| cx.progress.training(&TrainingEvent::Checkpoint { update });
         let options = RunOptions {
             dir: Some(checkpoints.clone()),
             every: training.checkpoint_every,
@@ -128,6 +136,7 @@ impl Session<'_> {
             resume: cx.resume,
             identity: self.identity(),
             on_step: Some(&mut on_step),
+            on_checkpoint: Some(&mut on_checkpoint),
         };
         // Training runs where it is called: a trainer's hooks may belong to this thread.
         let ran = trainer.run(&objective, options);
@@ -147,11 +156,14 @@ impl Session<'_> {
             "optimizer_state_bytes": state_bytes,
             "first_loss": losses.first().map(|r| r.loss),
             "last_loss": losses.last().map(|r| r.loss),
-            "loss": thin(&losses),
+            "loss": thin(&losses, |report| report.loss),
+            "learning_rate": thin(&losses, |report| report.rate),
+            "grad_norm": thin(&losses, |report| report.grad_norm),
         });
-        if let (Some(before), Some(after)) = (before, after) {
+        if let (Some((before, tokens)), Some((after, _))) = (before, after) {
             report["held_out_perplexity_before"] = json!(before);
             report["held_out_perplexity_after"] = json!(after);
+            report["held_out_tokens"] = json!(tokens);
         }
         let costs = json!({
             "training_seconds": seconds,
@@ -169,6 +181,37 @@ impl Session<'_> {
         })
     }
 
+    /// The model as it came, where nothing is attached that could train: what is written of it changes nothing.
+    ///
+    /// # Errors
+    /// Whatever loading meets.
+    pub fn untrained(&self, examples: usize) -> Result<Trained> {
+        let source = &self.inputs.models[0];
+        let started = Instant::now();
+        let fingerprints = vec![source.artifact.fingerprint()?];
+        let model = Decoder::load(&source.artifact, &BurnDevice::flex())?;
+        let mut report = json!({
+            "updates": 0,
+            "examples": examples,
+            "trained_parameters": 0,
+            "optimizer_state_bytes": 0,
+        });
+        if let Some((perplexity, tokens)) = self.perplexity(&model)? {
+            report["held_out_perplexity_before"] = json!(perplexity);
+            report["held_out_perplexity_after"] = json!(perplexity);
+            report["held_out_tokens"] = json!(tokens);
+        }
+        Ok(Trained {
+            model,
+            report,
+            costs: json!({ "total_seconds": started.elapsed().as_secs_f64() }),
+            fingerprints,
+            files: Vec::new(),
+            checkpoints: self.checkpoints()?,
+            warnings: Vec::new(),
+        })
+    }
+
     fn count(&self, trainer: &Trainer<Decoder>) -> u64 {
         let names: std::collections::HashSet<&str> = trainer.trained().collect();
         let all = trainer.model().parameters();
@@ -176,8 +219,8 @@ impl Session<'_> {
         trained.map(|p| p.shape.iter().product::<usize>() as u64).sum()
     }
 
-    /// Perplexity on the held-out text, where there is one.
-    fn perplexity(&self, model: &Decoder) -> Result<Option<f64>> {
+    /// Perplexity on the held-out text, where there is one, and how many tokens were scored.
+    fn perplexity(&self, model: &Decoder) -> Result<Option<(f64, usize)>> {
         if self.inputs.text.is_empty() {
             return Ok(None);
         }
@@ -198,7 +241,8 @@ impl Session<'_> {
         self.cx.progress.begin("measuring held-out text", 0, Unit::Tokens);
         let found = eval::perplexity(model, &segments, &options, Reference::None, &|_, _| {});
         self.cx.progress.end();
-        Ok(Some(found?.perplexity))
+        let found = found?;
+        Ok(Some((found.perplexity, found.tokens)))
     }
 
     /// Where checkpoints lie until the output is complete.
@@ -236,11 +280,11 @@ fn batch<'a>(examples: impl Iterator<Item = &'a Example> + Clone) -> (Vec<u32>, 
     (ids, learned)
 }
 
-/// At most two hundred points of the loss, each the mean of its stretch.
-fn thin(losses: &[StepReport]) -> Vec<(u64, f64)> {
+/// At most two hundred points `[update, value]` of a curve, each the mean of the stretch that ends there.
+fn thin(losses: &[StepReport], of: fn(&StepReport) -> f64) -> Vec<(u64, f64)> {
     let stretch = losses.len().div_ceil(200).max(1);
     let mean = |part: &[StepReport]| {
-        let sum: f64 = part.iter().map(|report| report.loss).sum();
+        let sum: f64 = part.iter().map(of).sum();
         (part[part.len() - 1].step + 1, sum / part.len() as f64)
     };
     losses.chunks(stretch).map(mean).collect()
@@ -305,17 +349,8 @@ impl Trained {
         let Session { inputs, plan, cx, .. } = session;
         let (lineage, card) =
             emit::describe_adapter(inputs, &self.fingerprints, plan, cx, &self.report)?;
-        let out = cx.out()?;
-        let path = adapter::write(
-            out,
-            config,
-            parts,
-            prompt,
-            lineage,
-            card,
-            cx.force,
-            self.files.clone(),
-        )?;
+        let (out, files) = (cx.out()?, self.files()?);
+        let path = adapter::write(out, config, parts, prompt, lineage, card, cx.force, files)?;
         self.output(path)
     }
 
@@ -349,8 +384,17 @@ impl Trained {
             cx.progress.advance(1);
         }
         cx.progress.end();
-        let path = emitter.finish(inputs, plan, cx, self.files.clone(), &self.report)?;
+        let path = emitter.finish(inputs, plan, cx, self.files()?, &self.report)?;
         self.output(path)
+    }
+
+    /// What lies beside the weights.
+    fn files(&self) -> Result<Vec<SideFile>> {
+        let mut files = self.files.clone();
+        let mut summary = emit::serialize("training", &self.report)?;
+        summary.push(b'\n');
+        files.push(SideFile::from_bytes(SUMMARY, summary));
+        Ok(files)
     }
 
     fn output(self, path: PathBuf) -> Result<Output> {

@@ -89,6 +89,8 @@ pub struct RunOptions<'a> {
     pub identity: String,
     /// Called after every step.
     pub on_step: Option<&'a mut dyn FnMut(&StepReport)>,
+    /// Called with the number of updates made when everything up to there lies on disk.
+    pub on_checkpoint: Option<&'a mut dyn FnMut(u64)>,
 }
 
 /// A model in training.
@@ -425,6 +427,9 @@ impl<M: Trainable> Trainer<M> {
             {
                 let saved = self.checkpoint(&options.identity).write(dir, options.keep)?;
                 self.last_good = Some(saved);
+                if let Some(on_checkpoint) = &mut options.on_checkpoint {
+                    on_checkpoint(self.step);
+                }
             }
         }
         Ok(last)

@@ -7,7 +7,7 @@ use std::time::Instant;
 use clap::{ArgAction, ArgMatches, Command};
 use refit_methods::method::{
     AdapterInput, Context, Family, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData,
-    Unit,
+    TrainingEvent, Unit,
 };
 use refit_methods::registry::{self, Entry};
 use refit_store::adapter::Adapter;
@@ -428,8 +428,8 @@ impl refit_methods::method::Progress for Bars {
         self.0.end();
     }
 
-    fn status(&self, words: &str) {
-        self.0.status(words);
+    fn training(&self, event: &TrainingEvent) {
+        self.0.training(event);
     }
 
     fn note(&self, message: &str) {
