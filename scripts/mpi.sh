@@ -22,5 +22,5 @@ if ! have && ! install >"${TMPDIR:-/tmp}/refit-mpi-install.log" 2>&1; then
   exit 0
 fi
 mpirun --version | head -n 1
-# Built as the other tests are, so that all dependencies are there already.
-cargo test -p refit --features mpi --locked --test mpi -- --test-threads 1
+# As the other tests are built, so that their dependencies are used again.
+cargo test --workspace --features refit/mpi --locked --test mpi -- --test-threads 1

@@ -242,7 +242,7 @@ fn setup(global: Global, ranks: &Ranks) -> Result<App> {
             "--device {name}: this refit was built without it; build one with `cargo build --release -p refit --features {name}`"
         )));
     }
-    let shared = ranks::threads(ranks);
+    let shared = ranks::threads(ranks)?;
     rayon::ThreadPoolBuilder::new()
         .num_threads(global.threads.map_or(shared, Into::into))
         // Verbs run on a worker: give it the stack that a main thread has.

@@ -156,24 +156,23 @@ pub fn threads(ranks: &Ranks) -> Result<usize> {
         return Ok(0);
     }
     let available = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let all =
-        |own: u64| ranks.gather(Ok::<_, Failure>(((), own))).map_or(vec![own], |(_, all)| all);
-    let machines = all(machine());
+    let all = |own: u64| ranks.gather(Ok::<_, Failure>(((), own))).map(|(_, all)| all);
+    let machines = all(machine())?;
     let here: Vec<bool> = machines.iter().map(|m| *m == machines[ranks.rank()]).collect();
     let mut own = allowed(&std::fs::read_to_string("/proc/self/status").unwrap_or_default());
     own.resize(32, 0);
     let (mut together, mut mine) = (0, 0);
     for word in own {
-        let words = all(word.into());
+        let words = all(word.into())?;
         let union = words.iter().zip(&here).filter(|(_, here)| **here).fold(0, |u, (w, _)| u | w);
         together += union.count_ones() as usize;
         mine += word.count_ones() as usize;
     }
     // All have exchanged by now, whatever each one's environment says.
-    match std::env::var_os("RAYON_NUM_THREADS") {
+    Ok(match std::env::var_os("RAYON_NUM_THREADS") {
         Some(_) => 0,
         None => share(available, mine, together, here.iter().filter(|here| **here).count()),
-    }
+    })
 }
 
 /// `available` processors by affinity and quota, `mine` by affinity alone, `together` those of all `local` processes of this
