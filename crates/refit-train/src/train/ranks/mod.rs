@@ -167,7 +167,7 @@ impl Ranks {
     /// [`TrainError::Replica`], on all ranks; as [`Self::gather`].
     pub fn same(&self, what: &'static str, digest: u64) -> Result<()> {
         // The largest number says that a rank failed.
-        let (_, all) = self.gather(Ok(((), digest >> 1)))?;
+        let (_, all) = self.gather(Ok::<_, TrainError>(((), digest >> 1)))?;
         match all.iter().position(|other| *other != all[0]) {
             Some(rank) => Err(TrainError::Replica { what, rank }),
             None => Ok(()),
@@ -247,7 +247,8 @@ mod tests {
             ranks.broadcast_f32(&mut values);
             (counts, floats, doubles, bytes, values)
         });
-        let wanted = (vec![5, 6, 7], vec![3.0, 3.0], vec![0.75], vec![1, 2, 3], vec![0.0f32, 0.0]);
+        let wanted =
+            (vec![5u64, 6, 7], vec![3.0f32, 3.0], vec![0.75], vec![1u8, 2, 3], vec![0.0f32; 2]);
         assert_eq!(seen, vec![wanted; 3]);
     }
 

@@ -1,6 +1,6 @@
 //! Ranks that are threads of one process. Sums are taken in the order of ranks.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use super::{Ranks, Transport};
@@ -18,14 +18,18 @@ pub fn run<T: Send>(size: usize, work: impl Fn(Ranks) -> T + Sync) -> Vec<T> {
                 // The stack that a main thread has.
                 let thread = thread::Builder::new().stack_size(8 << 20);
                 let body = move || {
-                    let _leaves = Leaves(table.clone());
+                    let _leaves = Leaves(rank, table.clone());
                     work(Ranks::over(Seat { rank, size, table }))
                 };
                 thread.spawn_scoped(scope, body).expect("a thread can be started")
             })
             .collect();
-        let ended: Vec<_> = started.into_iter().map(thread::ScopedJoinHandle::join).collect();
-        ended.into_iter().map(|t| t.unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
+        let mut ended: Vec<_> = started.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        let first = table.round.lock().unwrap_or_else(PoisonError::into_inner).broken;
+        if let Some(Err(panic)) = first.map(|rank| ended.swap_remove(rank)) {
+            std::panic::resume_unwind(panic);
+        }
+        ended.into_iter().map(|t| t.expect("invariant: the first panic was passed on")).collect()
     })
 }
 
@@ -42,18 +46,19 @@ struct Round {
     /// Everything, in the order of ranks, until all have taken it.
     complete: Option<Arc<Vec<Vec<u8>>>>,
     taken: usize,
-    /// A rank has panicked.
-    broken: bool,
+    /// The rank that panicked first.
+    broken: Option<usize>,
 }
 
 /// Says so when its thread panics.
-struct Leaves(Arc<Table>);
+struct Leaves(usize, Arc<Table>);
 
 impl Drop for Leaves {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.round.lock().unwrap_or_else(PoisonError::into_inner).broken = true;
-            self.0.changed.notify_all();
+            let mut round = self.1.round.lock().unwrap_or_else(PoisonError::into_inner);
+            round.broken.get_or_insert(self.0);
+            self.1.changed.notify_all();
         }
     }
 }
@@ -70,14 +75,8 @@ impl Seat {
     /// What every rank brought.
     fn exchange(&self, own: Vec<u8>) -> Arc<Vec<Vec<u8>>> {
         let Table { round, changed } = &*self.table;
-        let wait = |round, until: fn(&Round) -> bool| {
-            let waiting = |round: &mut Round| !round.broken && !until(round);
-            let round = changed.wait_while(round, waiting).unwrap_or_else(PoisonError::into_inner);
-            assert!(!round.broken, "another rank has panicked");
-            round
-        };
         let round = round.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut round = wait(round, |round| round.complete.is_none());
+        let mut round = self.wait(round, |round| round.complete.is_none());
         round.brought.push((self.rank, own));
         if round.brought.len() == self.size {
             let mut all = std::mem::take(&mut round.brought);
@@ -85,7 +84,7 @@ impl Seat {
             round.complete = Some(Arc::new(all.into_iter().map(|(_, bytes)| bytes).collect()));
             changed.notify_all();
         }
-        let mut round = wait(round, |round| round.complete.is_some());
+        let mut round = self.wait(round, |round| round.complete.is_some());
         let all = round.complete.clone().expect("invariant: waited for");
         round.taken += 1;
         if round.taken == self.size {
@@ -96,11 +95,25 @@ impl Seat {
         all
     }
 
+    /// Waits for the others to make `until` true.
+    fn wait<'a>(
+        &self,
+        round: MutexGuard<'a, Round>,
+        until: fn(&Round) -> bool,
+    ) -> MutexGuard<'a, Round> {
+        let waiting = |round: &mut Round| round.broken.is_none() && !until(round);
+        let round = self.table.changed.wait_while(round, waiting);
+        let round = round.unwrap_or_else(PoisonError::into_inner);
+        assert!(round.broken.is_none(), "another rank has panicked");
+        round
+    }
+
     fn sum<T: bytemuck::Pod + std::ops::AddAssign>(&self, values: &mut [T]) {
         let all = self.exchange(bytemuck::cast_slice(values).to_vec());
         for (rank, bytes) in all.iter().enumerate() {
-            let theirs: Vec<T> = bytemuck::pod_collect_to_vec(bytes);
-            assert_eq!(theirs.len(), values.len(), "ranks sum different things");
+            // Panics where ranks sum different things.
+            let mut theirs = vec![T::zeroed(); values.len()];
+            bytemuck::cast_slice_mut::<T, u8>(&mut theirs).copy_from_slice(bytes);
             for (sum, value) in values.iter_mut().zip(theirs) {
                 if rank == 0 { *sum = value } else { *sum += value }
             }
