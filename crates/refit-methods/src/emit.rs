@@ -279,6 +279,9 @@ fn licence(model: &ModelInput) -> (String, Fact<String>) {
 /// The command that makes the artifact again, into a directory of the reader's choice.
 fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
     let mut words = vec!["refit".to_owned(), "apply".to_owned(), plan.method.clone()];
+    if !cx.ranks.alone() {
+        words.splice(0..0, ["mpirun".into(), "-n".into(), cx.ranks.size().to_string()]);
+    }
     words.extend(inputs.models.iter().map(|model| model.source.clone()));
     words.extend(inputs.adapters.iter().map(|adapter| adapter.source.clone()));
     for data in &inputs.data {
@@ -324,6 +327,7 @@ fn checks(report: &Value) -> Vec<String> {
         "trained_parameters",
         "held_out_perplexity_before",
         "held_out_perplexity_after",
+        "processes",
     ]
     .iter()
     .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))

@@ -355,8 +355,12 @@ fn several_ranks_write_what_one_process_does_and_once() {
     let dir = tempfile::tempdir().unwrap();
     for (method, more, file) in [
         ("lora", json!({"rank": 4, "learning_rate": 1e-3}), "adapter_model.safetensors"),
-        ("fine-tune", json!({"train": ["*.mlp.*"], "dtype": "f32"}), "model.safetensors"),
-        ("galore", json!({"rank": 16, "dtype": "f32"}), "model.safetensors"),
+        (
+            "fine-tune",
+            json!({"train": ["*.mlp.*"], "dtype": "f32", "learning_rate": 1e-3}),
+            "model.safetensors",
+        ),
+        ("galore", json!({"rank": 16, "dtype": "f32", "learning_rate": 1e-3}), "model.safetensors"),
     ] {
         let parameters = || {
             let mut all = small(more.clone());
@@ -377,7 +381,10 @@ fn several_ranks_write_what_one_process_does_and_once() {
         assert!(reports[0]["held_out_perplexity_after"].is_f64(), "{method}");
         let found = values(dir.path().join(&two).join(file));
         let apart = distance(&values(dir.path().join(&one).join(file)), &found);
-        assert!(apart < 2e-6, "{method}: {apart}");
+        println!("{method}: {apart:e}");
+        // A fiftieth of what one update moves a value: Adam makes steps of the same size of small gradients.
+        let rate = more["learning_rate"].as_f64().unwrap_or(1e-4) as f32;
+        assert!(apart < 0.02 * rate, "{method}: {apart}");
         let start = values(tiny().join("model.safetensors"));
         assert!(found.len() != start.len() || distance(&found, &start) > 1e-5, "{method} learned");
     }

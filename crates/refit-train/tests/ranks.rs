@@ -6,7 +6,7 @@ use std::path::Path;
 
 use burn::tensor::Tensor;
 use refit_nn::scratch::DecoderShape;
-use refit_nn::{BurnDevice as Device, Decoder, Run, Trainable};
+use refit_nn::{BurnDevice as Device, Decoder, Run};
 use refit_train::BoxError;
 use refit_train::train::loss::next_token;
 use refit_train::train::ranks::{Ranks, threads};

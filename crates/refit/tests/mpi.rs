@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use common::{Place, Ran, contents};
 use refit_store::Artifact;
 
-/// Largest difference of a value of the adapter from what one process writes: sums of f32 in another order, after 6 updates at
-/// a rate of 1e-3. Values of `A` are up to 0.07, those of `B` up to 0.006.
-const CLOSE: f32 = 2e-6;
+/// Largest difference of a value of the adapter from what one process writes, after 6 updates at a rate of 1e-3: a fiftieth of
+/// what one update moves it. Sums of f32 in another order differ in their last bits, and Adam makes steps of the same size of
+/// small gradients. Values of `A` are up to 0.07, those of `B` up to 0.004.
+const CLOSE: f32 = 2e-5;
 
 /// Three rows a batch, so that one process has two of them and the other one; examples have different lengths.
 const TRAIN: &[&str] = &[
@@ -109,6 +110,14 @@ fn adapter(dir: &Path) -> Artifact {
     Artifact::open(dir.join("adapter_model.safetensors")).unwrap()
 }
 
+/// The files of an output that do not bear its name.
+fn learned(place: &Place, out: &str) -> Vec<(String, Vec<u8>)> {
+    let all = contents(&place.path(out)).into_iter();
+    let files: Vec<_> = all.filter(|(name, _)| name != "README.md").collect();
+    assert!(files.iter().any(|(name, _)| name == "adapter_model.safetensors"));
+    files
+}
+
 #[test]
 fn two_processes_write_what_one_does() {
     let place = place();
@@ -117,12 +126,13 @@ fn two_processes_write_what_one_does() {
     assert_eq!(ran.out.lines().count(), 1, "one process speaks:\n{}", ran.out);
     let found = ran.json();
     assert_eq!(found["report"]["processes"], 2);
-    let measured = |dir: &str| {
-        let text = std::fs::read_to_string(place.path(dir).join("refit.lineage.json")).unwrap();
-        let lineage: serde_json::Value = serde_json::from_str(&text).unwrap();
-        lineage.to_string().contains("held_out_perplexity_after")
-    };
-    assert!(measured("one") && measured("two"));
+    let card = |dir: &str| std::fs::read_to_string(place.path(dir).join("README.md")).unwrap();
+    assert!(
+        card("two").contains("held out perplexity after") && card("two").contains("processes: 2")
+    );
+    assert!(
+        card("two").contains("mpirun -n 2 refit apply lora") && !card("one").contains("mpirun")
+    );
     let (one, two_) = (adapter(&place.path("one")), adapter(&place.path("two")));
     let (mut worst, mut moved) = (0.0f32, 0.0f32);
     assert_eq!(one.tensors().len(), two_.tensors().len());
@@ -147,7 +157,7 @@ fn a_stopped_run_of_two_goes_on_to_the_same_bytes() {
     assert_eq!(two(&place, &train("whole")).code(0).code, 0);
     let again = two(&place, &train("again"));
     assert_eq!(again.code, 0);
-    assert!(contents(&place.path("whole")) == contents(&place.path("again")), "twice the same");
+    assert!(learned(&place, "whole") == learned(&place, "again"), "twice the same");
 
     // Process 1 dies once the first checkpoint is there.
     let checkpoint = ".stopped.refit-training/step-000000002.ckpt.safetensors";
@@ -164,7 +174,7 @@ fn a_stopped_run_of_two_goes_on_to_the_same_bytes() {
     }
     assert_ne!(ran.code, 0);
     two(&place, &train("stopped")).code(0);
-    assert!(contents(&place.path("stopped")) == contents(&place.path("whole")));
+    assert!(learned(&place, "stopped") == learned(&place, "whole"));
 }
 
 #[test]
