@@ -278,10 +278,11 @@ fn licence(model: &ModelInput) -> (String, Fact<String>) {
 
 /// The command that makes the artifact again, into a directory of the reader's choice.
 fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
-    let mut words = vec!["refit".to_owned(), "apply".to_owned(), plan.method.clone()];
+    let mut words = Vec::new();
     if !cx.ranks.alone() {
-        words.splice(0..0, ["mpirun".into(), "-n".into(), cx.ranks.size().to_string()]);
+        words.extend(["mpirun".to_owned(), "-n".to_owned(), cx.ranks.size().to_string()]);
     }
+    words.extend(["refit".to_owned(), "apply".to_owned(), plan.method.clone()]);
     words.extend(inputs.models.iter().map(|model| model.source.clone()));
     words.extend(inputs.adapters.iter().map(|adapter| adapter.source.clone()));
     for data in &inputs.data {
