@@ -292,7 +292,11 @@ fn licence(model: &ModelInput) -> (String, Fact<String>) {
 
 /// The command that makes the artifact again, into a directory of the reader's choice.
 fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
-    let mut words = vec!["refit".to_owned(), "apply".to_owned(), plan.method.clone()];
+    let mut words = Vec::new();
+    if !cx.ranks.alone() {
+        words.extend(["mpirun".to_owned(), "-n".to_owned(), cx.ranks.size().to_string()]);
+    }
+    words.extend(["refit".to_owned(), "apply".to_owned(), plan.method.clone()]);
     words.extend(inputs.models.iter().map(|model| model.source.clone()));
     words.extend(inputs.adapters.iter().map(|adapter| adapter.source.clone()));
     for data in &inputs.data {
@@ -330,10 +334,17 @@ fn quoted(word: &str) -> String {
 
 /// One line per number of a report that a reader of the card would ask for.
 fn checks(report: &Value) -> Vec<String> {
-    ["bits_per_weight", "packed_bytes", "sparsity", "ingredients", "trained_parameters"]
-        .iter()
-        .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))
-        .collect()
+    [
+        "bits_per_weight",
+        "packed_bytes",
+        "sparsity",
+        "ingredients",
+        "trained_parameters",
+        "processes",
+    ]
+    .iter()
+    .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))
+    .collect()
 }
 
 /// The last part of a path or source string: a name that does not depend on where things lie.

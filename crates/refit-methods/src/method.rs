@@ -19,6 +19,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use refit_train::claim::Claim;
+use refit_train::train::Ranks;
 
 use crate::error::{Error, Result};
 pub use crate::inputs::{AdapterInput, Inputs, Labelled, ModelInput, TextData, TrainingData};
@@ -148,6 +149,13 @@ pub struct InputSpec {
     pub adapters: Need,
     /// What the data are for; empty when none are taken.
     pub data_role: &'static str,
+}
+
+impl Info {
+    /// Does it learn from examples? Those methods share the work between ranks, as [`adapt::frame`](crate::adapt::frame) does.
+    pub fn trains(&self) -> bool {
+        self.inputs.data != Need::No
+    }
 }
 
 impl InputSpec {
@@ -324,6 +332,8 @@ pub struct Context {
     pub temp_dir: PathBuf,
     /// Where progress goes.
     pub progress: Arc<dyn Progress>,
+    /// The processes that train together; only methods that train look at it.
+    pub ranks: Ranks,
 }
 
 impl Context {
@@ -366,6 +376,7 @@ impl Default for Context {
             resume: true,
             temp_dir: std::env::temp_dir(),
             progress: Arc::new(Quiet),
+            ranks: Ranks::default(),
         }
     }
 }

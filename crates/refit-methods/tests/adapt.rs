@@ -10,6 +10,8 @@ use refit_methods::registry;
 use refit_nn::{BurnDevice, Decoder, Run, adapter, ops};
 use refit_store::Artifact;
 use refit_store::adapter::Adapter;
+use refit_train::train::TrainError;
+use refit_train::train::ranks::threads;
 use serde_json::{Value, json};
 
 fn tiny() -> PathBuf {
@@ -37,11 +39,19 @@ fn small(more: Value) -> Value {
 }
 
 fn apply(method: &str, parameters: Value, inputs: &Inputs, out: &Path) -> Result<Value, String> {
+    apply_in(method, parameters, inputs, Context::new(out))
+}
+
+fn apply_in(
+    method: &str,
+    parameters: Value,
+    inputs: &Inputs,
+    mut cx: Context,
+) -> Result<Value, String> {
     let configured =
         registry::get(method).unwrap().from_value(&parameters).map_err(|e| e.to_string())?;
     inputs.check(registry::get(method).unwrap().info).map_err(|e| e.to_string())?;
     let plan = configured.plan(inputs).map_err(|e| e.to_string())?;
-    let mut cx = Context::new(out);
     let output = configured.run(inputs, &plan, &mut cx).map_err(|e| e.to_string())?;
     Ok(output.report)
 }
@@ -504,4 +514,84 @@ fn a_merge_that_changes_nothing_is_an_error() {
     };
     let error = apply("merge-adapter", json!({}), &both, &dir.path().join("merged")).unwrap_err();
     assert!(error.contains("no change") || error.contains("survives"), "{error}");
+}
+
+/// Values of all tensors of a safetensors file.
+fn values(file: PathBuf) -> Vec<f32> {
+    let opened = Artifact::open(file).unwrap();
+    opened.tensors().iter().flat_map(|t| opened.read_f32(&t.name).unwrap()).collect()
+}
+
+#[test]
+fn several_ranks_write_what_one_process_does_and_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for (method, more, file) in [
+        ("lora", json!({"rank": 4, "learning_rate": 1e-3}), "adapter_model.safetensors"),
+        (
+            "fine-tune",
+            json!({"train": ["*.mlp.*"], "dtype": "f32", "learning_rate": 1e-3}),
+            "model.safetensors",
+        ),
+        ("galore", json!({"rank": 16, "dtype": "f32", "learning_rate": 1e-3}), "model.safetensors"),
+    ] {
+        let parameters = || {
+            let mut all = small(more.clone());
+            all["batch"] = json!(3);
+            all["accumulate"] = json!(2);
+            all
+        };
+        let (one, two) = (format!("{method}-one"), format!("{method}-two"));
+        let mut inputs = tuned(LESSON);
+        inputs.text = vec![TextData { source: "held out".into(), text: LESSON.repeat(20) }];
+        apply(method, parameters(), &inputs, &dir.path().join(&one)).unwrap();
+        let reports = threads::run(2, |ranks| {
+            let out = dir.path().join(if ranks.leads() { &two } else { "nowhere" });
+            let cx = Context { ranks: ranks.clone(), ..Context::new(out) };
+            ranks.settle(apply_in(method, parameters(), &inputs, cx).map_err(Said)).unwrap()
+        });
+        assert_eq!(reports[0]["processes"], 2, "{method}");
+        assert!(reports[0]["held_out_perplexity_after"].is_f64(), "{method}");
+        let found = values(dir.path().join(&two).join(file));
+        let apart = distance(&values(dir.path().join(&one).join(file)), &found);
+        println!("{method}: {apart:e}");
+        // A fiftieth of what one update moves a value: Adam makes steps of the same size of small gradients.
+        let rate = more["learning_rate"].as_f64().unwrap_or(1e-4) as f32;
+        assert!(apart < 0.02 * rate, "{method}: {apart}");
+        let start = values(tiny().join("model.safetensors"));
+        assert!(found.len() != start.len() || distance(&found, &start) > 1e-5, "{method} learned");
+    }
+    let names: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 6, "two outputs of each method and nothing else: {names:?}");
+}
+
+#[test]
+fn what_several_ranks_cannot_do_is_refused_before_the_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |method: &str, more: Value, lesson: fn(usize) -> &'static str| {
+        threads::run(2, |ranks| {
+            let inputs = tuned(lesson(ranks.rank()));
+            let cx = Context { ranks: ranks.clone(), ..Context::new(dir.path().join("out")) };
+            let ended = apply_in(method, small(more.clone()), &inputs, cx).map_err(Said);
+            ranks.settle(ended).unwrap_err().0
+        })
+    };
+    let same = |_| LESSON;
+    let texts = refused("lora", json!({"batch": 1}), same);
+    assert!(texts[0].contains("--batch 2 or more"), "{texts:?}");
+    let texts = refused("galore", json!({"per_layer": true, "clip": 0.0}), same);
+    assert!(texts[0].contains("--per-layer") && texts[1].contains("process 0"), "{texts:?}");
+    let texts = refused("lora", json!({}), |rank| [LESSON, "Another lesson. "][rank]);
+    assert!(texts[0].contains("training data"), "{texts:?}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// A message as an error of this test.
+#[derive(Debug)]
+struct Said(String);
+
+impl From<TrainError> for Said {
+    fn from(error: TrainError) -> Self {
+        Self(error.to_string())
+    }
 }

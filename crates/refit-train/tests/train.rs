@@ -301,7 +301,7 @@ fn long_recipe() -> Recipe {
     recipe
 }
 
-fn options(dir: &Path) -> RunOptions<'static> {
+fn options<'a>(dir: &Path) -> RunOptions<'a> {
     RunOptions {
         dir: Some(dir.into()),
         every: 5,

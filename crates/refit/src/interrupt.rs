@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::failure::{Code, Failure};
-use crate::{output, progress};
+use crate::{output, progress, ranks};
 
 /// Whether the verb at work keeps what it has finished for its next run.
 static RESUMES: AtomicBool = AtomicBool::new(false);
@@ -15,6 +15,9 @@ pub fn install(as_json: bool) {
     // A second handler in the same process is the only possible error; it changes nothing.
     let _ = ctrlc::set_handler(move || {
         let resumes = RESUMES.load(Ordering::Relaxed);
+        if !ranks::speaks() {
+            std::process::exit(Code::Interrupted as i32);
+        }
         let mut err = std::io::stderr();
         // A dashboard clears itself away and says in a line where the training stood.
         if !progress::abandon(!as_json) && !as_json && err.is_terminal() {

@@ -237,3 +237,24 @@ fn report_draws_a_run_again() {
     place.write("new/run.json", "{\"schema\": 99}");
     place.run(&["report", "new"]).code(2).says(&["schema 99"]);
 }
+
+/// A binary without MPI that a launcher starts twice would write one output twice.
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_launcher_needs_mpi_and_work_that_can_be_shared() {
+    let place = Place::new();
+    let run = |rank: &str, args: &[&str]| {
+        let mut command = place.command();
+        command.env("OMPI_COMM_WORLD_SIZE", "2").env("OMPI_COMM_WORLD_RANK", rank).args(args);
+        common::Ran::of(command.output().unwrap()).code(2)
+    };
+    let train = ["apply", "lora", "builtin:tiny", "--data", "builtin:kjv-calib", "-o", "out"];
+    run("0", &train).says(&["2 processes were started", "--features mpi"]);
+    run("0", &["inspect", "builtin:tiny"]).says(&["2 processes were started", "work for one"]);
+    let rtn = ["apply", "rtn", "builtin:tiny", "-o", "out"];
+    run("0", &rtn).says(&["`refit apply rtn` is work for one"]);
+    for args in [&train[..], &rtn, &["no-verb"]] {
+        assert_eq!(run("1", args).err, "", "process 1 has nothing to add");
+    }
+    assert!(place.names().is_empty());
+}

@@ -3,9 +3,12 @@
 //! A method says what it attaches and what trains ([`Session::train`]); what was learned is then written as an adapter
 //! ([`Trained::write_adapter`]) or as a model ([`Trained::write_model`]). Checkpoints lie beside the output under a hidden
 //! name until it is complete, so the same command goes on where an interrupted run stopped.
+//!
+//! Several ranks ([`Context::ranks`]) share every batch. Rank 0 alone measures and writes; what the others return says nothing
+//! but that they are done.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use refit_data::Rng;
@@ -79,26 +82,29 @@ impl Session<'_> {
         let Self { inputs, cx, training, .. } = self;
         let source = &inputs.models[0];
         let started = Instant::now();
+        let mut recipe = training.recipe(examples.len(), self.rate, cx.seed);
+        adjust(&mut recipe);
+        self.check_ranks(&recipe, examples)?;
         let fingerprints = vec![source.artifact.fingerprint()?];
         let mut model = Decoder::load(&source.artifact, &BurnDevice::flex())?;
-        let before = self.perplexity(&model)?;
-        let scope = prepare(&mut model, &mut Rng::named(cx.seed, "init"))?;
-        let mut recipe = training.recipe(examples.len(), self.rate, cx.seed);
-        recipe.scope = scope;
-        adjust(&mut recipe);
+        let before = cx.ranks.lead(|| self.perplexity(&model))?.flatten();
+        recipe.scope = prepare(&mut model, &mut Rng::named(cx.seed, "init"))?;
         let steps = recipe.steps;
-        let mut trainer = Trainer::new(model, recipe)?;
+        let mut trainer = Trainer::new(model, recipe)?.with_ranks(cx.ranks.clone())?;
         let trained: u64 = self.count(&trainer);
         let checkpoints = self.checkpoints()?;
         if !cx.resume {
-            remove(&checkpoints)?;
+            cx.ranks.lead(|| remove(&checkpoints))?;
         }
         let order = Order::new(cx.seed, examples.len());
         let objective = |model: &Decoder, at: At| -> Result<Terms, BoxError> {
-            let chosen = order.batch(at.batch, training.batch);
+            let share = at.share.of(training.batch);
+            let rows = share.len();
+            // Every rank drops elements of its own rows: its stream is that of its first row.
+            let stream = at.batch.wrapping_mul(0x9e37_79b9) ^ ((share.start as u64) << 40);
+            let dropout = Dropout::new(self.dropout, cx.seed ^ stream);
+            let chosen = &order.batch(at.batch, training.batch)[share];
             let (ids, learned) = batch(chosen.iter().map(|&i| &examples[i]));
-            let rows = training.batch;
-            let dropout = Dropout::new(self.dropout, cx.seed ^ at.batch.wrapping_mul(0x9e37_79b9));
             let checkpoint = training.checkpoint_activations;
             let precision = training.precision.precision();
             let mut run = Run { dropout, checkpoint, precision, ..Run::plain() };
@@ -144,11 +150,8 @@ impl Session<'_> {
         ran?;
         let state_bytes = trainer.state_bytes();
         let model = trainer.into_model();
-        let after = self.perplexity(&model)?;
-        let path = checkpoints.join("metrics.jsonl");
-        let lines = std::fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
-        let losses: Vec<StepReport> =
-            lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let after = cx.ranks.lead(|| self.perplexity(&model))?.flatten();
+        let losses = cx.ranks.lead(|| losses(&checkpoints))?.unwrap_or_default();
         let mut report = json!({
             "updates": steps,
             "examples": examples.len(),
@@ -164,6 +167,9 @@ impl Session<'_> {
             report["held_out_perplexity_before"] = json!(before);
             report["held_out_perplexity_after"] = json!(after);
             report["held_out_tokens"] = json!(tokens);
+        }
+        if !cx.ranks.alone() {
+            report["processes"] = json!(cx.ranks.size());
         }
         let costs = json!({
             "training_seconds": seconds,
@@ -210,6 +216,35 @@ impl Session<'_> {
             checkpoints: self.checkpoints()?,
             warnings: Vec::new(),
         })
+    }
+
+    /// What several ranks cannot do, found before the model is loaded; and whether they are about to learn from the same
+    /// examples.
+    fn check_ranks(&self, recipe: &Recipe, examples: &[Example]) -> Result<()> {
+        let (ranks, method) = (&self.cx.ranks, self.name());
+        if ranks.alone() {
+            return Ok(());
+        }
+        let (batch, size) = (self.training.batch, ranks.size());
+        if batch < size {
+            let expected = format!(
+                "{size} processes share every batch, so that each needs at least one example of it: --batch {size} or more"
+            );
+            return Err(Error::range(method, "batch", batch, expected));
+        }
+        if recipe.per_layer {
+            let problem = format!(
+                "--per-layer projects the gradient of one process's share of the batch, and there are {size}: leave it out"
+            );
+            return Err(Error::Conflict { method, problem });
+        }
+        Ok(ranks.same("training data", fingerprint(examples))?)
+    }
+
+    /// The method's name as the registry has it.
+    fn name(&self) -> &'static str {
+        let all = crate::registry::all().iter().map(|entry| entry.info.name);
+        all.into_iter().find(|name| *name == self.plan.method).unwrap_or("training")
     }
 
     fn count(&self, trainer: &Trainer<Decoder>) -> u64 {
@@ -280,6 +315,21 @@ fn batch<'a>(examples: impl Iterator<Item = &'a Example> + Clone) -> (Vec<u32>, 
     (ids, learned)
 }
 
+/// A number that other examples would hardly have.
+fn fingerprint(examples: &[Example]) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    examples.iter().for_each(|example| (&example.ids, &example.learned).hash(&mut hasher));
+    hasher.finish()
+}
+
+/// What every update of the run did, from the file that the trainer keeps.
+fn losses(checkpoints: &Path) -> Result<Vec<StepReport>> {
+    let path = checkpoints.join("metrics.jsonl");
+    let lines = std::fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
+    Ok(lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
+}
+
 /// At most two hundred points `[update, value]` of a curve, each the mean of the stretch that ends there.
 fn thin(losses: &[StepReport], of: fn(&StepReport) -> f64) -> Vec<(u64, f64)> {
     let stretch = losses.len().div_ceil(200).max(1);
@@ -304,7 +354,7 @@ fn without_times(losses: &[StepReport]) -> Vec<u8> {
     lines.into_bytes()
 }
 
-fn remove(dir: &std::path::Path) -> Result<()> {
+fn remove(dir: &Path) -> Result<()> {
     match std::fs::remove_dir_all(dir) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             Err(Error::Io { path: dir.to_owned(), source })
@@ -347,6 +397,9 @@ impl Trained {
         prompt: Option<&Prompt>,
     ) -> Result<Output> {
         let Session { inputs, plan, cx, .. } = session;
+        if !cx.ranks.leads() {
+            return Ok(Output::default());
+        }
         let (lineage, card) =
             emit::describe_adapter(inputs, &self.fingerprints, plan, cx, &self.report)?;
         let (out, files) = (cx.out()?, self.files()?);
@@ -360,6 +413,9 @@ impl Trained {
     /// Whatever the disk refuses; values that the output's type cannot hold.
     pub fn write_model(self, session: &Session) -> Result<Output> {
         let Session { inputs, plan, cx, .. } = session;
+        if !cx.ranks.leads() {
+            return Ok(Output::default());
+        }
         let model = &inputs.models[0];
         let emitter = Emitter::begin(inputs, plan, cx)?;
         let values = named_values(&self.model);

@@ -16,11 +16,11 @@ use serde_json::{Value, json};
 
 use crate::cli::{App, DeviceName};
 use crate::failure::{Code, Failure, Result};
-use crate::inputs;
 use crate::output::{self, Outcome};
 use crate::progress::Progress;
 use crate::report::number;
 use crate::suggest::did_you_mean;
+use crate::{inputs, ranks};
 
 /// The command with one subcommand per method.
 pub fn command() -> Command {
@@ -233,13 +233,23 @@ impl Request {
 
     /// Everything that is checked before work starts.
     fn prepare(&self, app: &App) -> Result<(Inputs, Plan)> {
+        let fetch =
+            || self.models.iter().try_for_each(|source| inputs::pull(app, source, false).map(drop));
+        if !app.ranks.alone() {
+            ranks::in_turns(&app.ranks, fetch)?;
+        }
+        app.ranks.settle(self.prepare_here(app))
+    }
+
+    /// What every process of a command checks for itself.
+    fn prepare_here(&self, app: &App) -> Result<(Inputs, Plan)> {
         if self.entry.info.output != OutputKind::Report && self.out.is_none() {
             return Err(Failure::usage(format!(
                 "{}: say where the result goes: -o DIR",
                 self.entry.info.name
             )));
         }
-        if let Some(out) = &self.out {
+        if let Some(out) = self.out.as_ref().filter(|_| app.ranks.leads()) {
             ArtifactWriter::check(out, self.force)?;
         }
         let inputs = self.inputs(app)?;
@@ -291,7 +301,7 @@ impl Request {
         for warning in &plan.warnings {
             app.progress.note(&format!("warning: {warning}"));
         }
-        self.check_values(app, &inputs)?;
+        app.ranks.lead(|| self.check_values(app, &inputs))?;
         let mut cx = Context {
             out: self.out.clone(),
             seed: self.seed,
@@ -299,13 +309,14 @@ impl Request {
             force: self.force,
             resume: self.resume,
             progress: Arc::new(Bars(app.progress.clone())),
+            ranks: app.ranks.clone(),
             ..Context::default()
         };
         let start = Instant::now();
         let absent = self.absent_parents();
         let output = self.method.run(&inputs, &plan, &mut cx);
         app.progress.end();
-        let output = output.map_err(|error| self.give_up(error, &absent))?;
+        let output = output.map_err(|error| self.give_up(app, error, &absent))?;
         Ok(Applied { plan, output, seconds: start.elapsed().as_secs_f64() })
     }
 }
@@ -320,13 +331,14 @@ impl Request {
     /// Clears away the unfinished output of a run that failed for good: the same inputs would fail again,
     /// and other inputs start over. After a failure of the system, or where the output exists by now, the
     /// finished tensors stay for the next run.
-    fn give_up(&self, error: refit_methods::Error, absent: &[&Path]) -> Failure {
+    fn give_up(&self, app: &App, error: refit_methods::Error, absent: &[&Path]) -> Failure {
         use refit_methods::Error;
         let runs_the_model = matches!(error, Error::Model(_) | Error::Train(_));
         // Checkpoints stay: the newest is what a run with other settings may want to look at.
         let failure = Failure::from(error);
         if let Some(out) = &self.out
             && failure.code == Code::Usage
+            && app.ranks.leads()
             && ArtifactWriter::check(out, self.force).is_ok()
         {
             // The failure that is reported is the one that matters; only empty directories are removed.
