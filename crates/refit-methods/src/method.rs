@@ -167,6 +167,13 @@ impl InputSpec {
         data_role: "calibration text: a few thousand tokens like those the model will see",
         ..Self::WEIGHTS
     };
+    /// One model and labelled examples: texts as training data, or images.
+    pub const CLASSIFIED: Self = Self {
+        labelled: Need::Optional,
+        data: Need::Optional,
+        data_role: "labelled images to learn from",
+        ..Self::WEIGHTS
+    };
     /// One language model and what it is to learn.
     pub const TUNED: Self = Self {
         text: Need::Optional,
@@ -322,6 +329,8 @@ pub struct Context {
     pub resume: bool,
     /// Scratch space for what must not sit in memory.
     pub temp_dir: PathBuf,
+    /// Where what is worth computing once is kept: frozen forward passes, in `features`.
+    pub cache: PathBuf,
     /// Where progress goes.
     pub progress: Arc<dyn Progress>,
 }
@@ -365,6 +374,7 @@ impl Default for Context {
             force: false,
             resume: true,
             temp_dir: std::env::temp_dir(),
+            cache: refit_store::source::cache_root(),
             progress: Arc::new(Quiet),
         }
     }

@@ -1,7 +1,8 @@
-//! The frame of every method that trains a language model: load, change, train, measure, write.
+//! The frame of every method that trains: load, change, train, measure, write.
 //!
-//! A method says what it attaches and what trains ([`Session::train`]); what was learned is then written as an adapter
-//! ([`Trained::write_adapter`]) or as a model ([`Trained::write_model`]). Checkpoints lie beside the output under a hidden
+//! A method on a language model says what it attaches and what trains ([`Session::train`]); what was learned is then written as
+//! an adapter ([`Trained::write_adapter`]) or as a model ([`Trained::write_model`]). Other models bring their own objective
+//! ([`Session::fit`]). Checkpoints lie beside the output under a hidden
 //! name until it is complete, so the same command goes on where an interrupted run stopped.
 
 use std::collections::HashMap;
@@ -17,7 +18,9 @@ use refit_store::{DType, SideFile};
 use refit_train::BoxError;
 use refit_train::eval::{self, Reference, Segment};
 use refit_train::train::loss::next_token;
-use refit_train::train::{At, Order, Recipe, RunOptions, Scope, StepReport, Terms, Trainer};
+use refit_train::train::{
+    At, Objective, Order, Recipe, RunOptions, Scope, StepReport, Terms, Trainer,
+};
 use serde_json::{Value, json};
 
 use super::training::Training;
@@ -44,9 +47,9 @@ pub struct Session<'a> {
 }
 
 /// A trained model and what is known of its training.
-pub struct Trained {
+pub struct Trained<M = Decoder> {
     /// The model, off autodiff.
-    pub model: Decoder,
+    pub model: M,
     /// What goes to the lineage.
     pub report: Value,
     /// What differs from run to run.
@@ -83,13 +86,6 @@ impl Session<'_> {
         let mut recipe = training.recipe(examples.len(), self.rate, cx.seed);
         recipe.scope = scope;
         adjust(&mut recipe);
-        let steps = recipe.steps;
-        let mut trainer = Trainer::new(model, recipe)?;
-        let trained: u64 = self.count(&trainer);
-        let checkpoints = self.checkpoints()?;
-        if !cx.resume {
-            remove(&checkpoints)?;
-        }
         let order = Order::new(cx.seed, examples.len());
         let objective = |model: &Decoder, at: At| -> Result<Terms, BoxError> {
             let chosen = order.batch(at.batch, training.batch);
@@ -101,6 +97,39 @@ impl Session<'_> {
             let (loss, tokens) = next_token(model, &ids, rows, Some(&learned), &mut run)?;
             Ok(Terms::one("cross-entropy", loss, tokens))
         };
+        let mut trained = self.fit(model, recipe, examples.len(), "tokens", fingerprints, &objective)?;
+        let after = self.perplexity(&trained.model)?;
+        if let (Some(before), Some(after)) = (before, after) {
+            trained.report["held_out_perplexity_before"] = json!(before);
+            trained.report["held_out_perplexity_after"] = json!(after);
+        }
+        trained.costs["total_seconds"] = json!(started.elapsed().as_secs_f64());
+        Ok(trained)
+    }
+
+    /// Trains `model` on an objective over `examples` examples, with checkpoints. `items` is what its terms count; `fingerprints`
+    /// are those of the models' files when they were read.
+    ///
+    /// # Errors
+    /// As [`Self::train`].
+    pub fn fit<M: Trainable>(
+        &self,
+        model: M,
+        recipe: Recipe,
+        examples: usize,
+        items: &str,
+        fingerprints: Vec<String>,
+        objective: &impl Objective<M>,
+    ) -> Result<Trained<M>> {
+        let Self { cx, training, .. } = self;
+        let started = Instant::now();
+        let steps = recipe.steps;
+        let mut trainer = Trainer::new(model, recipe)?;
+        let trained: u64 = self.count(&trainer);
+        let checkpoints = self.checkpoints()?;
+        if !cx.resume {
+            remove(&checkpoints)?;
+        }
         cx.progress.begin("training", steps, Unit::Steps);
         let mut curve: Vec<(u64, f64)> = Vec::new();
         let (mut tokens, mut seconds, mut seen) = (0u64, 0.0, 0u64);
@@ -113,7 +142,7 @@ impl Session<'_> {
             seconds += report.seconds;
             curve.push((report.step, report.loss));
             cx.progress.status(&format!(
-                "loss {:.3}, rate {:.1e}, {:.0} tokens/s",
+                "loss {:.3}, rate {:.1e}, {:.0} {items}/s",
                 report.loss,
                 report.rate,
                 report.items as f64 / report.seconds.max(1e-9)
@@ -129,33 +158,28 @@ impl Session<'_> {
             on_step: Some(&mut on_step),
         };
         // Training runs where it is called: a trainer's hooks may belong to this thread.
-        let ran = trainer.run(&objective, options);
+        let ran = trainer.run(objective, options);
         cx.progress.end();
         ran?;
         let state_bytes = trainer.state_bytes();
         let model = trainer.into_model();
-        let after = self.perplexity(&model)?;
         let path = checkpoints.join("metrics.jsonl");
         let lines = std::fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
         let losses: Vec<StepReport> =
             lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        let mut report = json!({
+        let report = json!({
             "updates": steps,
-            "examples": examples.len(),
+            "examples": examples,
             "trained_parameters": trained,
             "optimizer_state_bytes": state_bytes,
             "first_loss": losses.first().map(|r| r.loss),
             "last_loss": losses.last().map(|r| r.loss),
             "loss": thin(&losses),
         });
-        if let (Some(before), Some(after)) = (before, after) {
-            report["held_out_perplexity_before"] = json!(before);
-            report["held_out_perplexity_after"] = json!(after);
-        }
         let costs = json!({
             "training_seconds": seconds,
             "total_seconds": started.elapsed().as_secs_f64(),
-            "learned_tokens_per_second": if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
+            format!("learned_{items}_per_second"): if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
         });
         Ok(Trained {
             model,
@@ -168,7 +192,7 @@ impl Session<'_> {
         })
     }
 
-    fn count(&self, trainer: &Trainer<Decoder>) -> u64 {
+    fn count<M: Trainable>(&self, trainer: &Trainer<M>) -> u64 {
         let names: std::collections::HashSet<&str> = trainer.trained().collect();
         let all = trainer.model().parameters();
         let trained = all.iter().filter(|p| names.contains(p.name.as_str()));
@@ -210,13 +234,16 @@ impl Session<'_> {
     /// What the result depends on besides the trainer's recipe.
     fn identity(&self) -> String {
         let data: Vec<String> = self.inputs.data.iter().map(|data| data.sha256()).collect();
-        let identity = json!({
+        let mut identity = json!({
             "refit": env!("CARGO_PKG_VERSION"),
             "method": self.plan.method,
             "parameters": self.plan.parameters,
             "base": self.inputs.models[0].artifact.fingerprint().ok(),
             "data": data,
         });
+        if let Some(labelled) = &self.inputs.labelled {
+            identity["labelled"] = json!(labelled.sha256().ok());
+        }
         refit_store::hash::hex(identity.to_string().as_bytes())
     }
 }
@@ -280,16 +307,6 @@ impl Trained {
         }
     }
 
-    /// Adds a file beside the weights.
-    pub fn add_file(&mut self, file: SideFile) {
-        self.files.push(file);
-    }
-
-    /// Adds a warning to the output.
-    pub fn warn(&mut self, warning: String) {
-        self.warnings.push(warning);
-    }
-
     /// Writes what was learned as an adapter.
     ///
     /// # Errors
@@ -351,8 +368,29 @@ impl Trained {
         let path = emitter.finish(inputs, plan, cx, self.files.clone(), &self.report)?;
         self.output(path)
     }
+}
 
-    fn output(self, path: PathBuf) -> Result<Output> {
+impl<M> Trained<M> {
+    /// Adds a file beside the weights.
+    pub fn add_file(&mut self, file: SideFile) {
+        self.files.push(file);
+    }
+
+    /// Adds a warning to the output.
+    pub fn warn(&mut self, warning: String) {
+        self.warnings.push(warning);
+    }
+
+    /// The files that go beside the weights.
+    pub fn files(&self) -> Vec<SideFile> {
+        self.files.clone()
+    }
+
+    /// What a method returns once `path` is written; the checkpoints go.
+    ///
+    /// # Errors
+    /// Checkpoints that cannot be removed.
+    pub fn output(self, path: PathBuf) -> Result<Output> {
         remove(&self.checkpoints)?;
         let mut report = self.report;
         for (key, value) in self.costs.as_object().into_iter().flatten() {

@@ -122,6 +122,41 @@ impl Reader<'_> {
 }
 
 impl ConvNorm {
+    /// Site of the normalization behind the convolution.
+    pub fn norm(&self) -> String {
+        let norm = match self.site.rsplit('.').next() {
+            Some("_conv_stem" | "_expand_conv") => "_bn0",
+            Some("_depthwise_conv" | "_conv_head") => "_bn1",
+            _ => "_bn2",
+        };
+        match self.site.rsplit_once('.') {
+            Some((block, _)) => format!("{block}.{norm}"),
+            None => norm.to_owned(),
+        }
+    }
+
+    /// Weight and bias of the normalization that has these running statistics and computes what `scale` and `shift` do: the way
+    /// back from loading.
+    pub fn unfold(&self, mean: &[f32], variance: &[f32]) -> [Vec<f32>; 2] {
+        let (scale, shift) = (ops::to_vec(&self.scale.val()), ops::to_vec(&self.shift.val()));
+        let weight = scale.iter().zip(variance).map(|(s, v)| s * (v + EPS).sqrt()).collect();
+        let bias = scale.iter().zip(shift).zip(mean).map(|((s, b), m)| b + m * s).collect();
+        [weight, bias]
+    }
+
+    /// Gradients by weight and bias of the normalization, from those by `scale` and `shift`; the statistics are constants.
+    pub fn unfold_gradient(
+        &self,
+        scale: &[f32],
+        shift: &[f32],
+        mean: &[f32],
+        variance: &[f32],
+    ) -> [Vec<f32>; 2] {
+        let by = scale.iter().zip(shift).zip(mean.iter().zip(variance));
+        let weight = by.map(|((scale, shift), (m, v))| (scale - m * shift) / (v + EPS).sqrt());
+        [weight.collect(), shift.to_vec()]
+    }
+
     /// `[batch, in, h, w]` to `[batch, out, ceil(h / stride), ceil(w / stride)]`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [_, _, height, width] = x.dims();
@@ -191,6 +226,15 @@ impl EfficientNetLite {
                 Some(Tensor::from_data(bias, device)),
             ),
         })
+    }
+
+    /// Every convolution, in the order in which a pass reaches them.
+    pub fn convs(&self) -> impl Iterator<Item = &ConvNorm> {
+        let inner = self
+            .blocks
+            .iter()
+            .flat_map(|block| block.expand.iter().chain([&block.depthwise, &block.project]));
+        [&self.stem].into_iter().chain(inner).chain([&self.head])
     }
 
     /// Images `[batch, 3, height, width]` to the mean of each channel after the last convolution, `[batch, width]`.
