@@ -42,10 +42,14 @@ impl Classified {
                 Value::String(name) => name.trim().to_owned(),
                 value @ (Value::Number(_) | Value::Bool(_)) => value.to_string(),
                 Value::Null => String::new(),
-                other => return fail(format!("`{label}` is {other}, expected the name of a class")),
+                other => {
+                    return fail(format!("`{label}` is {other}, expected the name of a class"));
+                }
             };
             if name.is_empty() {
-                return fail(format!("`{label}` is missing; every line needs the name of its class"));
+                return fail(format!(
+                    "`{label}` is missing; every line needs the name of its class"
+                ));
             }
             all.texts.push(words);
             all.labels.push(name);
@@ -73,7 +77,9 @@ impl Classified {
 
     /// Where text `i` stands, as messages say it.
     pub fn place(&self, i: usize) -> String {
-        self.places.get(i).map_or_else(String::new, |(path, line)| format!("{}:{line}", path.display()))
+        self.places
+            .get(i)
+            .map_or_else(String::new, |(path, line)| format!("{}:{line}", path.display()))
     }
 
     /// The number of each label among `classes`; a label may also be the number of a class where `numbered`.
@@ -93,7 +99,11 @@ impl Classified {
                 let more = if classes.len() > some.len() { ", ..." } else { "" };
                 let (path, line) = &self.places[i];
                 let known = some.join(", ");
-                Error::line(path, *line, format!("the label `{label}` is no class; classes: {known}{more}"))
+                Error::line(
+                    path,
+                    *line,
+                    format!("the label `{label}` is no class; classes: {known}{more}"),
+                )
             })
         };
         self.labels.iter().enumerate().map(number).collect()
@@ -159,7 +169,9 @@ mod tests {
         assert_eq!(classes, ["10", "no", "true"]);
         assert_eq!(found.numbers(&classes, false).unwrap(), [1, 0, 2]);
         let error = found.numbers(&["no".into(), "yes".into()], false).unwrap_err().to_string();
-        assert!(error.contains("data.jsonl:3") && error.contains("`10`") && error.contains("no, yes"));
+        assert!(
+            error.contains("data.jsonl:3") && error.contains("`10`") && error.contains("no, yes")
+        );
     }
 
     #[test]
@@ -175,7 +187,10 @@ mod tests {
     #[test]
     fn mistakes_name_file_and_line() {
         for (lines, wanted) in [
-            ("{\"text\": \"a\", \"label\": 1}\n{\"text\": \"  \", \"label\": 1}\n", "data.jsonl:2: `text` is empty"),
+            (
+                "{\"text\": \"a\", \"label\": 1}\n{\"text\": \"  \", \"label\": 1}\n",
+                "data.jsonl:2: `text` is empty",
+            ),
             ("{\"text\": \"a\", \"label\": \"\"}\n", "data.jsonl:1: `label` is missing"),
             ("{\"text\": \"a\", \"label\": [1]}\n", "data.jsonl:1: `label` is [1]"),
             ("{\"text\": [\"a\"], \"label\": 1}\n", "data.jsonl:1: `text` is [\"a\"]"),

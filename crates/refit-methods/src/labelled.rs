@@ -126,8 +126,9 @@ impl Labelled {
             Self::Idx { data, .. } => data.image(i),
             Self::Table(_) => None,
         };
-        found.ok_or_else(|| {
-            Error::BadData { source_name: self.name(i), problem: "there is no image here".into() }
+        found.ok_or_else(|| Error::BadData {
+            source_name: self.name(i),
+            problem: "there is no image here".into(),
         })
     }
 
@@ -185,7 +186,7 @@ impl Labelled {
     /// # Errors
     /// Files that cannot be read.
     pub fn sha256(&self) -> Result<String> {
-        let mut all = Vec::new();
+        let mut all: Vec<u8> = Vec::new();
         match self {
             Self::Table(records) => {
                 let table = crate::inputs::TrainingData::Records(records.clone());
@@ -257,11 +258,7 @@ pub fn class_names(artifact: &Artifact) -> Vec<Option<String>> {
 
 /// The model's class of each folder: by its label, by its number, or in the order of names where there are as
 /// many folders as classes.
-fn folder_classes(
-    dir: &str,
-    folders: &[String],
-    labels: &[Option<String>],
-) -> Result<Vec<usize>> {
+fn folder_classes(dir: &str, folders: &[String], labels: &[Option<String>]) -> Result<Vec<usize>> {
     let by_label = |name: &String| labels.iter().position(|label| label.as_ref() == Some(name));
     type Way<'a> = &'a dyn Fn(&String) -> Option<usize>;
     let ways: [Way; 2] = [&by_label, &|name: &String| name.parse().ok()];
@@ -350,7 +347,8 @@ mod tests {
         let write = |name: &str, head: &[u8], data: &[u8]| {
             std::fs::write(dir.path().join(name), [head, data].concat()).unwrap();
         };
-        let (images, labels) = ([0, 0, 8, 3, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 2], [0, 0, 8, 1, 0, 0, 0, 3]);
+        let (images, labels) =
+            ([0, 0, 8, 3, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 2], [0, 0, 8, 1, 0, 0, 0, 3]);
         write("train-images-idx3-ubyte", &images, &[1, 2, 3, 4, 1, 2]);
         write("train-labels-idx1-ubyte", &labels, &[7, 0, 7]);
         let found = Labelled::open(dir.path(), Part::HeldOut).unwrap();

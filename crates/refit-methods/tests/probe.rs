@@ -59,7 +59,13 @@ impl Place {
         Context { cache: self.path("cache"), ..Context::new(out) }
     }
 
-    fn apply(&self, method: &str, parameters: Value, inputs: &Inputs, out: &str) -> Result<Value, String> {
+    fn apply(
+        &self,
+        method: &str,
+        parameters: Value,
+        inputs: &Inputs,
+        out: &str,
+    ) -> Result<Value, String> {
         let entry = registry::get(method).unwrap();
         let configured = entry.from_value(&parameters).map_err(|e| e.to_string())?;
         inputs.check(entry.info).map_err(|e| e.to_string())?;
@@ -138,7 +144,11 @@ fn a_probe_leaves_the_trunk_to_the_byte_and_names_its_classes() {
                 false => info.name.strip_prefix(kept).unwrap_or_default().to_owned(),
             };
             if !base.contains(&old) || old.starts_with("classifier") {
-                assert!(info.name.contains("classifier") || info.name.contains("score"), "{name}: {}", info.name);
+                assert!(
+                    info.name.contains("classifier") || info.name.contains("score"),
+                    "{name}: {}",
+                    info.name
+                );
                 continue;
             }
             let (a, b) = (base.tensor(&old).unwrap(), info);
@@ -154,7 +164,8 @@ fn a_probe_leaves_the_trunk_to_the_byte_and_names_its_classes() {
         assert!(same + 3 >= base.tensors().len(), "{name}: {same} of {}", base.tensors().len());
         assert!(refit_store::Lineage::verify(&place.path("out")).unwrap().is_ok(), "{name}");
         // What was fitted is what runs.
-        let found = logits(&place.path("out"), &["w30 w5 w40 w5", "w31 w14 w47 w16", "w32 w23 w54 w27"]);
+        let found =
+            logits(&place.path("out"), &["w30 w5 w40 w5", "w31 w14 w47 w16", "w32 w23 w54 w27"]);
         let best: Vec<usize> = found
             .chunks_exact(3)
             .map(|row| (0..3).max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap())
@@ -177,13 +188,14 @@ fn lp_ft_begins_where_the_probe_ended() {
             Artifact::open(place.path("still")).unwrap(),
         );
         assert_eq!(probe.content_hash().unwrap(), tuned.content_hash().unwrap(), "{name}");
-        assert_eq!(report["features"]["computed"], 0, "{name}: the probe's features are found again");
+        assert_eq!(
+            report["features"]["computed"], 0,
+            "{name}: the probe's features are found again"
+        );
         let lines = ["w30 w5 w40 w5", "w31 w14 w47 w16"];
         assert_eq!(logits(&place.path("probe"), &lines), logits(&place.path("still"), &lines));
         // Training lowers the loss from there, and a random head begins at ln 3.
-        let train = |from: &str| {
-            json!({"from_head": from, "steps": 20, "learning_rate": 1e-3, "batch": 12, "warmup": 0.0})
-        };
+        let train = |from: &str| json!({"from_head": from, "steps": 20, "learning_rate": 1e-3, "batch": 12, "warmup": 0.0});
         let value = |report: &Value, key: &str| report[key].as_f64().unwrap();
         let (mut lp, mut ft) = (train("probe"), train("random"));
         for more in [&mut lp, &mut ft] {
@@ -193,7 +205,10 @@ fn lp_ft_begins_where_the_probe_ended() {
         let ft = place.apply("lp-ft", ft, &inputs, "ft").unwrap();
         assert!(value(&lp, "first_loss") < value(&ft, "first_loss"), "{name}: {lp} {ft}");
         for (report, out) in [(&lp, "lp-ft"), (&ft, "ft")] {
-            assert!(value(report, "last_loss") < value(report, "first_loss"), "{name} {out}: {report}");
+            assert!(
+                value(report, "last_loss") < value(report, "first_loss"),
+                "{name} {out}: {report}"
+            );
             assert!(Artifact::open(place.path(out)).unwrap().load_report().is_clean());
         }
         assert!(ft.get("l2").is_none() && lp.get("l2").is_some());
@@ -249,11 +264,16 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
         assert!(stopped.is_err() && !out.exists(), "{method} {stage}");
         let output = configured.run(&inputs, &plan, &mut place.context(&out)).unwrap();
         if stage == "frozen features" {
-            let (found, computed) = (&output.report["features"]["found"], &output.report["features"]["computed"]);
-            assert!(found.as_u64().unwrap() >= 16 && computed.as_u64().unwrap() >= 16, "{found} {computed}");
+            let (found, computed) =
+                (&output.report["features"]["found"], &output.report["features"]["computed"]);
+            assert!(
+                found.as_u64().unwrap() >= 16 && computed.as_u64().unwrap() >= 16,
+                "{found} {computed}"
+            );
         }
         for file in ["model.safetensors", "config.json"] {
-            let (a, b) = (std::fs::read(whole.join(file)).unwrap(), std::fs::read(out.join(file)).unwrap());
+            let (a, b) =
+                (std::fs::read(whole.join(file)).unwrap(), std::fs::read(out.join(file)).unwrap());
             assert!(a == b, "{method} {stage}: {file} differs");
         }
         let left: Vec<_> = std::fs::read_dir(place.0.path())
@@ -286,8 +306,11 @@ fn idx(dir: &Path, n: usize) {
     let images = [&[0, 0, 8, 3][..], &count, &[0, 0, 0, 32, 0, 0, 0, 32], &pixels].concat();
     let labels: Vec<u8> = (0..n).map(|i| (i % 3) as u8).collect();
     std::fs::write(dir.join("train-images-idx3-ubyte"), images).unwrap();
-    std::fs::write(dir.join("train-labels-idx1-ubyte"), [&[0, 0, 8, 1][..], &count, &labels].concat())
-        .unwrap();
+    std::fs::write(
+        dir.join("train-labels-idx1-ubyte"),
+        [&[0, 0, 8, 1][..], &count, &labels].concat(),
+    )
+    .unwrap();
 }
 
 fn accuracy(dir: &Path, labelled: &Labelled) -> f64 {
@@ -320,7 +343,10 @@ fn images_get_heads_too() {
         ..Inputs::default()
     };
     let report = place.apply("linear-probe", json!({}), &inputs, "probe").unwrap();
-    assert_eq!((&report["labels"], &report["features"]["computed"]), (&json!(["0", "1", "2"]), &json!(48)));
+    assert_eq!(
+        (&report["labels"], &report["features"]["computed"]),
+        (&json!(["0", "1", "2"]), &json!(48))
+    );
     let made = Artifact::open(place.path("probe")).unwrap();
     assert_eq!(made.config().get("architectures").unwrap(), &json!(["ViTForImageClassification"]));
     assert_eq!(made.tensor("classifier.weight").unwrap().shape, [3, 32]);
@@ -332,12 +358,18 @@ fn images_get_heads_too() {
     // A trunk without any classifier.
     let bare = place.path("bare");
     let headless = place.model("vit");
-    let keep: Vec<_> = headless.artifact.tensors().iter().filter(|t| !t.name.starts_with("classifier")).collect();
+    let keep: Vec<_> =
+        headless.artifact.tensors().iter().filter(|t| !t.name.starts_with("classifier")).collect();
     let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
     for info in keep {
         let start = data.len();
-        data.extend(headless.artifact.read_f32(&info.name).unwrap().iter().flat_map(|v| v.to_le_bytes()));
-        header.insert(info.name.clone(), json!({"dtype": "F32", "shape": info.shape, "data_offsets": [start, data.len()]}));
+        data.extend(
+            headless.artifact.read_f32(&info.name).unwrap().iter().flat_map(|v| v.to_le_bytes()),
+        );
+        header.insert(
+            info.name.clone(),
+            json!({"dtype": "F32", "shape": info.shape, "data_offsets": [start, data.len()]}),
+        );
     }
     let header = Value::Object(header).to_string();
     std::fs::create_dir(&bare).unwrap();
@@ -346,7 +378,9 @@ fn images_get_heads_too() {
     std::fs::copy(headless.artifact.path().join("config.json"), bare.join("config.json")).unwrap();
     let inputs = Inputs { models: vec![ModelInput::open("bare", &bare).unwrap()], ..inputs };
     place.apply("linear-probe", json!({}), &inputs, "from-bare").unwrap();
-    let read = |name: &str| Artifact::open(place.path(name)).unwrap().read_f32("classifier.weight").unwrap();
+    let read = |name: &str| {
+        Artifact::open(place.path(name)).unwrap().read_f32("classifier.weight").unwrap()
+    };
     assert_eq!(read("probe"), read("from-bare"));
 }
 
@@ -358,20 +392,33 @@ fn mistakes_are_found_before_any_work() {
         data: vec![TrainingData::Records(place.table(name, lines))],
         ..Inputs::default()
     };
-    let row = |text: &str, label: &str| format!("{{\"text\": \"{text}\", \"label\": \"{label}\"}}\n");
+    let row =
+        |text: &str, label: &str| format!("{{\"text\": \"{text}\", \"label\": \"{label}\"}}\n");
     let two = row("w5", "a") + &row("w6", "a") + &row("w7", "b") + &row("w8", "b");
     idx(&place.path("idx"), 6);
     let images = Some(Labelled::open(&place.path("idx"), Part::Train).unwrap());
     let good = || table("good.jsonl", &two);
     for (parameters, inputs, wanted) in [
-        (json!({}), table("one.jsonl", &(two.clone() + &row("w9", "c"))), "one.jsonl:5: this is the only example"),
+        (
+            json!({}),
+            table("one.jsonl", &(two.clone() + &row("w9", "c"))),
+            "one.jsonl:5: this is the only example",
+        ),
         (json!({}), table("same.jsonl", &(row("w5", "a") + &row("w6", "a"))), "of one class"),
-        (json!({}), table("empty.jsonl", &(two.clone() + &row("  ", "a"))), "empty.jsonl:5: `text` is empty"),
+        (
+            json!({}),
+            table("empty.jsonl", &(two.clone() + &row("  ", "a"))),
+            "empty.jsonl:5: `text` is empty",
+        ),
         (json!({"labels": ["a", "x"]}), good(), "good.jsonl:3: the label `b` is no class"),
         (json!({"labels": ["a", "b", "c"]}), good(), "no example of the class `c`"),
         (json!({"labels": ["a", "a"]}), good(), "named twice"),
         (json!({"label_column": "kind"}), good(), "no column `kind`"),
-        (json!({"max_length": 4}), table("long.jsonl", &(two.clone() + &row("w5 w6 w7 w8", "a"))), "long.jsonl:5: the text has more than 4 tokens"),
+        (
+            json!({"max_length": 4}),
+            table("long.jsonl", &(two.clone() + &row("w5 w6 w7 w8", "a"))),
+            "long.jsonl:5: the text has more than 4 tokens",
+        ),
         (json!({"max_length": 1000}), good(), "context of 64"),
         (json!({"max_examples": 3}), good(), "at least two for each of 2 classes"),
         (json!({"l2": -1.0}), good(), "0 or more"),
@@ -380,7 +427,11 @@ fn mistakes_are_found_before_any_work() {
         (json!({}), Inputs { labelled: images.clone(), ..good() }, "not both"),
         (json!({}), Inputs { data: vec![], labelled: images.clone(), ..good() }, "reads texts"),
         (json!({}), Inputs { models: vec![place.model("vit")], ..good() }, "classifies images"),
-        (json!({"pooler": "own"}), Inputs { models: vec![place.model("distilbert")], ..good() }, "pass-through"),
+        (
+            json!({"pooler": "own"}),
+            Inputs { models: vec![place.model("distilbert")], ..good() },
+            "pass-through",
+        ),
     ] {
         for method in ["linear-probe", "lp-ft"] {
             if method == "lp-ft" && parameters.get("dtype").is_some() {
@@ -393,11 +444,120 @@ fn mistakes_are_found_before_any_work() {
     }
     assert!(!place.path("cache").exists(), "nothing was computed");
     // A table may be given as labelled examples, and long texts may be cut.
-    let labelled = Some(Labelled::Table(place.table("long.jsonl", &(two + &row("w5 w6 w7 w8", "a")))));
+    let labelled =
+        Some(Labelled::Table(place.table("long.jsonl", &(two + &row("w5 w6 w7 w8", "a")))));
     let inputs = Inputs { data: vec![], labelled, ..good() };
     let parameters = json!({"max_length": 4, "truncate": true, "max_examples": 4, "dtype": "bf16"});
     let report = place.apply("linear-probe", parameters, &inputs, "out").unwrap();
     assert_eq!(report["examples"], 4);
     let made = Artifact::open(place.path("out")).unwrap();
     assert!(made.tensors().iter().all(|info| info.dtype == refit_store::DType::BF16));
+}
+
+/// Three classifiers on one trunk: a probe, and two that were tuned from it.
+fn ingredients(place: &Place, inputs: &Inputs) -> Vec<ModelInput> {
+    place.apply("linear-probe", json!({"l2": 0.1}), inputs, "a").unwrap();
+    for (out, rate) in [("b", 1e-3), ("c", 3e-3)] {
+        let more = json!({"l2": 0.1, "steps": 6, "batch": 8, "learning_rate": rate});
+        place.apply("lp-ft", more, inputs, out).unwrap();
+    }
+    let open = |name: &str| ModelInput::open(name, place.path(name)).unwrap();
+    ["a", "b", "c"].map(open).to_vec()
+}
+
+#[test]
+fn soups_are_scored_by_accuracy_on_labelled_examples() {
+    for name in ["bert", "gpt2"] {
+        let place = Place::new();
+        let models = ingredients(&place, &texts(&place, name, 60));
+        let labelled = Some(Labelled::Table(place.table("held.jsonl", &lesson(30))));
+        let inputs = Inputs { models, labelled, ..Inputs::default() };
+        let report =
+            place.apply("model-soups", json!({"mode": "greedy"}), &inputs, "greedy").unwrap();
+        assert_eq!(report["score"], "accuracy on labelled held-out examples", "{name}");
+        let score = report["recipe"]["score"].as_f64().unwrap();
+        for step in report["recipe"]["steps"].as_array().unwrap() {
+            let alone = step["alone"].as_f64().unwrap();
+            assert!((30.0 * alone - (30.0 * alone).round()).abs() < 1e-9, "a share of 30: {alone}");
+            assert!(score >= alone, "{name}: {report}");
+        }
+        for mode in ["learned", "learned-by-tensor"] {
+            let more = json!({"mode": mode, "steps": 4, "learning_rate": 0.3});
+            let report = place.apply("model-soups", more, &inputs, mode).unwrap();
+            let losses: Vec<f64> = serde_json::from_value(report["losses"].clone()).unwrap();
+            assert_eq!(losses.len(), 5, "{name} {mode}");
+            assert!(losses[4] < losses[0], "{name} {mode}: {losses:?}");
+            let made = Artifact::open(place.path(mode)).unwrap();
+            made.check_fit().unwrap();
+            if mode == "learned-by-tensor" {
+                let by_tensor = report["coefficients_by_tensor"].as_object().unwrap();
+                assert_eq!(by_tensor.len(), made.tensors().len(), "{name}");
+                let mut apart = 0;
+                for (tensor, weights) in by_tensor {
+                    let weights: Vec<f64> = serde_json::from_value(weights.clone()).unwrap();
+                    assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-6, "{tensor}");
+                    apart += usize::from((weights[0] - 1.0 / 3.0).abs() > 1e-3);
+                }
+                assert!(
+                    apart > by_tensor.len() / 2,
+                    "{name}: {apart} of {} moved",
+                    by_tensor.len()
+                );
+            }
+        }
+        let unfit = Inputs { text: vec![], labelled: None, ..inputs.clone() };
+        let error = place.apply("model-soups", json!({"mode": "greedy"}), &unfit, "x").unwrap_err();
+        assert!(error.contains("--labelled PATH"), "{error}");
+        let wrong = Some(Labelled::Table(
+            place.table("wrong.jsonl", "{\"text\": \"w5\", \"label\": \"fire\"}\n"),
+        ));
+        let unfit = Inputs { labelled: wrong, ..inputs };
+        let error = place.apply("model-soups", json!({"mode": "greedy"}), &unfit, "x").unwrap_err();
+        assert!(error.contains("wrong.jsonl:1") && error.contains("`fire`"), "{error}");
+    }
+}
+
+#[test]
+fn weights_by_tensor_follow_the_exact_gradient() {
+    // Images, and text under a language model: a first step moves the loss as the gradient promises.
+    let place = Place::new();
+    idx(&place.path("idx"), 24);
+    let labelled = Labelled::open(&place.path("idx"), Part::Train).unwrap();
+    let images = Inputs {
+        models: vec![place.model("vit")],
+        labelled: Some(labelled.clone()),
+        ..Inputs::default()
+    };
+    let models = ingredients(&place, &images);
+    let of_images = Inputs { models, ..images };
+    let text = refit_methods::method::TextData {
+        source: "held out".into(),
+        text: "And the keeper wrote down the height of the tide. ".repeat(12),
+    };
+    let tiny = here("../../assets/tiny");
+    let more =
+        json!({"steps": 3, "batch": 2, "max_length": 32, "learning_rate": 2e-3, "dtype": "f32"});
+    let learn = Inputs {
+        models: vec![ModelInput::open("tiny", &tiny).unwrap()],
+        data: vec![TrainingData::Text(text.clone())],
+        ..Inputs::default()
+    };
+    place.apply("fine-tune", more, &learn, "tuned").unwrap();
+    let base = json!({"dtype": "f32"});
+    place.apply("model-soups", base, &Inputs { data: vec![], ..learn }, "base").unwrap();
+    let open = |name: &str| ModelInput::open(name, place.path(name)).unwrap();
+    let of_text =
+        Inputs { models: vec![open("base"), open("tuned")], text: vec![text], ..Inputs::default() };
+    for (what, inputs) in [("images", of_images), ("text", of_text)] {
+        let run = |steps: usize| {
+            let more = json!({"mode": "learned-by-tensor", "steps": steps, "learning_rate": 0.1});
+            let report =
+                place.apply("model-soups", more, &inputs, &format!("{what}-{steps}")).unwrap();
+            serde_json::from_value::<Vec<f64>>(report["losses"].clone()).unwrap()
+        };
+        let (none, some) = (run(0), run(3));
+        // Without steps it is the uniform soup, scored forward; with steps its loss comes from the backward pass.
+        assert!((none[0] - some[0]).abs() < 1e-4 * (1.0 + none[0]), "{what}: {none:?} {some:?}");
+        assert!(some[3] < some[0], "{what}: {some:?}");
+    }
 }

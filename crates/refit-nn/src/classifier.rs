@@ -43,12 +43,9 @@ pub fn head_form(model_type: &str) -> Option<HeadForm> {
     let score = |class, prefix| HeadForm { class, prefix, dense: None, site: "score", bias: false };
     let image = |class, prefix, site| HeadForm { class, prefix, dense: None, site, bias: true };
     Some(match model_type {
-        "bert" => text(
-            "BertForSequenceClassification",
-            "bert.",
-            tanh("bert.pooler.dense"),
-            "classifier",
-        ),
+        "bert" => {
+            text("BertForSequenceClassification", "bert.", tanh("bert.pooler.dense"), "classifier")
+        }
         "roberta" => text(
             "RobertaForSequenceClassification",
             "roberta.",
@@ -147,7 +144,8 @@ impl TextClassifier {
         let classes = text_classes(artifact).ok_or_else(|| Error::Missing {
             name: format!("{}.weight (without a head the model has no classes)", form.site),
         })?;
-        model.classifier = Some(loader.linear(form.site.into(), classes, loader.config().hidden)?);
+        model.classifier =
+            Some(loader.linear(form.site.into(), classes, loader.config().hidden)?);
         Ok(model)
     }
 
@@ -242,7 +240,13 @@ impl TextClassifier {
     }
 
     /// Puts a head of these values on: `weight [classes, hidden]`, `bias [classes]`.
-    pub fn set_head(&mut self, site: &str, weight: Vec<f32>, bias: Option<Vec<f32>>, device: &Device) {
+    pub fn set_head(
+        &mut self,
+        site: &str,
+        weight: Vec<f32>,
+        bias: Option<Vec<f32>>,
+        device: &Device,
+    ) {
         let width = self.config().hidden;
         self.classifier = Some(linear(site, weight, bias, width, device));
     }
@@ -315,7 +319,8 @@ impl TextClassifier {
     pub fn head(&self, features: Tensor<2>, run: &mut Run) -> Result<Tensor<2>> {
         let [rows, width] = features.dims();
         let head = self.classifier.as_ref();
-        let head = head.ok_or_else(|| Error::Invalid("the model has no classification head".into()))?;
+        let head =
+            head.ok_or_else(|| Error::Invalid("the model has no classification head".into()))?;
         let logits = head.forward(features.reshape([1, rows, width]), run);
         let classes = logits.dims()[2];
         Ok(logits.reshape([rows, classes]))
@@ -341,7 +346,8 @@ pub fn linear(
 /// Where the artifact keeps the layer that its class would call `site`.
 pub fn own_dense(artifact: &Artifact, loader: &Loader, site: &str) -> Option<String> {
     // A bare BertModel has its pooler without the class's prefix.
-    let bare = site.split_once("pooler.").map(|(_, rest)| format!("{}pooler.{rest}", loader.prefix()));
+    let bare =
+        site.split_once("pooler.").map(|(_, rest)| format!("{}pooler.{rest}", loader.prefix()));
     let has = |site: &String| artifact.contains(&format!("{site}.weight"));
     [Some(site.to_owned()), bare].into_iter().flatten().find(has)
 }

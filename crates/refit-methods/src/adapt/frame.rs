@@ -97,7 +97,8 @@ impl Session<'_> {
             let (loss, tokens) = next_token(model, &ids, rows, Some(&learned), &mut run)?;
             Ok(Terms::one("cross-entropy", loss, tokens))
         };
-        let mut trained = self.fit(model, recipe, examples.len(), "tokens", fingerprints, &objective)?;
+        let mut trained =
+            self.fit(model, recipe, examples.len(), "tokens", fingerprints, &objective)?;
         let after = self.perplexity(&trained.model)?;
         if let (Some(before), Some(after)) = (before, after) {
             trained.report["held_out_perplexity_before"] = json!(before);

@@ -6,7 +6,7 @@
 //! shares examples with an earlier one shares their features.
 //!
 //! ```text
-//! ROOT/SET/SEGMENT.features      see [`segment`]: keys, values, a checksum over both
+//! ROOT/SET/SEGMENT.features      keys, values, a checksum over both
 //! ```
 //!
 //! Segments are written under a temporary name and renamed, so a reader sees whole ones only; a segment whose checksum is wrong
@@ -189,7 +189,8 @@ impl FeatureStore {
 
     /// Writes what was computed, where it is time to or `now`.
     fn flush(&mut self, now: bool) {
-        let due = self.pending.len() >= self.limits.rows || self.written.elapsed() >= self.limits.time;
+        let due =
+            self.pending.len() >= self.limits.rows || self.written.elapsed() >= self.limits.time;
         if self.pending.is_empty() || !(now || due) {
             return;
         }

@@ -149,7 +149,11 @@ impl Segment {
     }
 
     /// Writes rows as a segment that is named by its content: complete or absent.
-    pub fn write(dir: &Path, width: usize, mut rows: Vec<(Key, Vec<f32>)>) -> Result<(Self, Vec<Key>)> {
+    pub fn write(
+        dir: &Path,
+        width: usize,
+        mut rows: Vec<(Key, Vec<f32>)>,
+    ) -> Result<(Self, Vec<Key>)> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         rows.sort_by(|a, b| a.0.cmp(&b.0));
         rows.dedup_by(|a, b| a.0 == b.0);

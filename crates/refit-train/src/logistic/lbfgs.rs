@@ -31,7 +31,8 @@ pub fn minimize(
     iterations: usize,
 ) -> Minimum {
     let (value, mut gradient) = f(&x);
-    let mut at = Minimum { x, value, gradient: largest(&gradient), iterations: 0, converged: false };
+    let mut at =
+        Minimum { x, value, gradient: largest(&gradient), iterations: 0, converged: false };
     let mut pairs: Vec<(Vec<f64>, Vec<f64>, f64)> = Vec::new();
     while at.iterations < iterations {
         if at.gradient <= tolerance {
@@ -41,7 +42,8 @@ pub fn minimize(
         let direction = direction(&gradient, &pairs);
         let slope = dot(&direction, &gradient);
         // Without curvature to go by, a step of length 1 at most.
-        let first = if pairs.is_empty() { 1.0 / dot(&gradient, &gradient).sqrt().max(1.0) } else { 1.0 };
+        let first =
+            if pairs.is_empty() { 1.0 / dot(&gradient, &gradient).sqrt().max(1.0) } else { 1.0 };
         let (mut low, mut high, mut step) = (0.0, f64::INFINITY, first);
         let mut found = None;
         for _ in 0..40 {

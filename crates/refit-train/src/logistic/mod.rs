@@ -307,7 +307,15 @@ fn chunk_loss(
     }
     let mut logits = vec![0.0; rows.len() * classes];
     // logits [rows, classes] = z [rows, width] · Wᵀ
-    product(&mut logits, classes, &z, (width, 1), weights, (1, width), [rows.len(), classes, width]);
+    product(
+        &mut logits,
+        classes,
+        &z,
+        (width, 1),
+        weights,
+        (1, width),
+        [rows.len(), classes, width],
+    );
     let mut value = 0.0;
     for (logits, &i) in logits.chunks_exact_mut(classes).zip(rows) {
         logits.iter_mut().zip(biases).for_each(|(l, b)| *l += b);

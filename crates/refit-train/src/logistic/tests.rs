@@ -56,9 +56,8 @@ fn folding_back_the_scales_keeps_the_logits() {
         let logits = scale.fold(&problem, &inside).logits(&features, 10);
         let (weights, biases) = inside.split_at(40);
         for (row, logits) in features.chunks_exact(10).zip(logits.chunks_exact(4)) {
-            let z: Vec<f64> = (0..10)
-                .map(|j| (f64::from(row[j]) - scale.mean[j]) / scale.deviation[j])
-                .collect();
+            let z: Vec<f64> =
+                (0..10).map(|j| (f64::from(row[j]) - scale.mean[j]) / scale.deviation[j]).collect();
             for class in 0..4 {
                 let w = &weights[class * 10..(class + 1) * 10];
                 let wanted: f64 = w.iter().zip(&z).map(|(w, z)| w * z).sum();
@@ -72,7 +71,8 @@ fn folding_back_the_scales_keeps_the_logits() {
 #[test]
 fn the_gradient_is_that_of_finite_differences() {
     let (features, labels) = clouds(40, 3, 6, 1.0, 4);
-    let problem = Problem { features: &features, labels: &labels, classes: 3, width: 6, bias: true };
+    let problem =
+        Problem { features: &features, labels: &labels, classes: 3, width: 6, bias: true };
     let rows: Vec<usize> = (0..40).collect();
     let scale = Scale::of(&problem, &rows);
     let mut rng = SplitMix64::new(9);
@@ -92,7 +92,8 @@ fn the_gradient_is_that_of_finite_differences() {
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
     let (features, labels) = clouds(1500, 3, 8, 1.5, 5);
-    let problem = Problem { features: &features, labels: &labels, classes: 3, width: 8, bias: true };
+    let problem =
+        Problem { features: &features, labels: &labels, classes: 3, width: 8, bias: true };
     let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| fit(&problem, &options()).unwrap())
@@ -106,7 +107,8 @@ fn any_number_of_threads_gives_the_same_bits() {
 fn the_held_out_part_has_every_class_and_leaves_every_class() {
     let labels: Vec<u32> = [0; 20].into_iter().chain([1; 2]).chain([2; 9]).collect();
     let features = vec![0.0; labels.len()];
-    let problem = Problem { features: &features, labels: &labels, classes: 3, width: 1, bias: true };
+    let problem =
+        Problem { features: &features, labels: &labels, classes: 3, width: 1, bias: true };
     for share in [0.01, 0.1, 0.99] {
         let (dev, train) = hold_out(&problem, share, 1);
         assert_eq!(dev.len() + train.len(), labels.len());
@@ -125,7 +127,8 @@ fn constant_and_duplicate_columns_do_no_harm() {
         row[1] = 1e6;
         row[3] = row[2];
     }
-    let problem = Problem { features: &features, labels: &labels, classes: 2, width: 4, bias: true };
+    let problem =
+        Problem { features: &features, labels: &labels, classes: 2, width: 4, bias: true };
     let found = fit(&problem, &options()).unwrap();
     assert!(found.accuracy > 0.95 && found.head.weight.iter().all(|w| w.is_finite()), "{found:?}");
     assert_eq!((found.head.weight[1], found.head.weight[5]), (0.0, 0.0));
@@ -134,7 +137,8 @@ fn constant_and_duplicate_columns_do_no_harm() {
 #[test]
 fn bad_input_is_named() {
     let problem = |features, labels| Problem { features, labels, classes: 2, width: 2, bias: true };
-    let fail = |features: &[f32], labels: &[u32]| fit(&problem(features, labels), &options()).unwrap_err();
+    let fail =
+        |features: &[f32], labels: &[u32]| fit(&problem(features, labels), &options()).unwrap_err();
     assert!(matches!(fail(&[], &[]), Error::EmptyText { .. }));
     assert!(matches!(fail(&[0.0; 3], &[0, 1]), Error::Length { .. }));
     assert!(matches!(fail(&[0.0; 4], &[0, 2]), Error::Label { item: 1, label: 2, .. }));

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{ArgAction, ArgMatches, Command};
+use refit_methods::labelled::Part;
 use refit_methods::method::{
     AdapterInput, Context, Family, Inputs, ModelInput, Need, OutputKind, Plan, TextData, Unit,
 };
-use refit_methods::labelled::Part;
 use refit_methods::registry::{self, Entry};
 use refit_store::adapter::Adapter;
 use refit_store::{Artifact, ArtifactWriter};

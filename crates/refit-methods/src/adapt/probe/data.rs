@@ -89,7 +89,9 @@ pub(super) fn examples<'a>(
         _ => {}
     }
     let mut all = Classified::default();
-    let read = |records| Classified::read(records, &options.text_column, &options.label_column);
+    let read = |records: &refit_data::Records| {
+        Classified::read(records, &options.text_column, &options.label_column)
+    };
     if let Some(Labelled::Table(records)) = &inputs.labelled {
         all.extend(read(records)?);
     }
@@ -187,7 +189,8 @@ impl Examples<'_> {
     /// Two classes at least, and two examples of each.
     fn check(&self, method: &'static str, options: &ProbeOptions, source: &str) -> Result<()> {
         let classes = self.classes.len();
-        let bad = |source_name: String, problem: String| Err(Error::BadData { source_name, problem });
+        let bad =
+            |source_name: String, problem: String| Err(Error::BadData { source_name, problem });
         if classes < 2 {
             let problem = format!("all examples are of one class (`{}`)", self.classes.join(""));
             return bad(source.to_owned(), problem);
@@ -196,7 +199,8 @@ impl Examples<'_> {
             let mut of = (0..self.len()).filter(|i| self.labels[*i] as usize == class);
             match (of.next(), of.next()) {
                 (None, _) => {
-                    let problem = format!("no example of the class `{name}`; leave it out of labels");
+                    let problem =
+                        format!("no example of the class `{name}`; leave it out of labels");
                     return bad(source.to_owned(), problem);
                 }
                 (Some(only), None) => {

@@ -67,14 +67,18 @@ impl Trunk {
                 let images = images(labelled, &chosen, preprocess, &BurnDevice::flex())?;
                 model.features(images, run)?
             }
-            _ => unreachable!("invariant: examples are of the model's kind, as `data::examples` saw to"),
+            _ => unreachable!(
+                "invariant: examples are of the model's kind, as `data::examples` saw to"
+            ),
         };
         let values = ops::to_vec(&features);
         let width = self.width();
         match values.iter().position(|x| !x.is_finite()) {
             Some(at) => Err(Error::BadData {
                 source_name: examples.names[batch[at / width]].clone(),
-                problem: "the model's output for it is not finite: its weights or an operation overflow".into(),
+                problem:
+                    "the model's output for it is not finite: its weights or an operation overflow"
+                        .into(),
             }),
             None => Ok(values),
         }
@@ -140,7 +144,8 @@ pub(super) fn features(
     if let Some(why) = store.unkept.take() {
         cx.progress.note(&format!("warning: features are not kept for the next run: {why}"));
     }
-    let report = json!({ "found": store.found, "computed": store.computed, "width": trunk.width() });
+    let report =
+        json!({ "found": store.found, "computed": store.computed, "width": trunk.width() });
     Ok((rows, report))
 }
 
@@ -159,12 +164,13 @@ fn prepare(
         Trunk::Text(_) => format!("{dense:?}"),
         Trunk::Image(_, preprocess) => format!("{preprocess:?}"),
     };
-    let source = [
+    let content = artifact.content_hash()?;
+    let source: [&str; 6] = [
         VERSION,
         env!("CARGO_PKG_VERSION"),
         &artifact.architecture().model_type,
         &config,
-        &artifact.content_hash()?,
+        &content,
         &reading,
     ];
     let root = cx.cache.join("features");
@@ -174,7 +180,7 @@ fn prepare(
             .iter()
             .map(|ids| {
                 cx.progress.advance(1);
-                key(&[b"ids", bytemuck::cast_slice(ids)])
+                key(&[b"ids", bytemuck::cast_slice::<u32, u8>(ids)])
             })
             .collect(),
         Content::Images(labelled, which) => which

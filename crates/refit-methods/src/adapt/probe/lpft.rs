@@ -113,7 +113,8 @@ impl Method for LpFt {
             self.training.steps(count),
             self.training.batch * self.training.accumulate
         ));
-        let trained: u64 = plan.tensors.iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
+        let trained: u64 =
+            plan.tensors.iter().map(|t| t.shape.iter().product::<usize>() as u64).sum();
         plan.peak_memory += 16 * trained;
         Ok(plan)
     }
@@ -236,7 +237,8 @@ impl LpFt {
         let Session { inputs, plan, cx, .. } = session;
         let values = trained_values(&whole(trained.model.clone()), &inputs.models[0])?;
         start.warnings.into_iter().for_each(|warning| trained.warn(warning));
-        if let (Some(all), Some(probe)) = (trained.report.as_object_mut(), start.report.as_object()) {
+        if let (Some(all), Some(probe)) = (trained.report.as_object_mut(), start.report.as_object())
+        {
             for (key, value) in probe {
                 // Both count the examples, and agree.
                 all.entry(key.clone()).or_insert_with(|| value.clone());

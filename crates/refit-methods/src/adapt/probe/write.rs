@@ -50,6 +50,7 @@ impl Layout {
             let head = format!("{}.", form.site);
             let others = artifact.tensors().iter().filter(|info| !info.name.starts_with(&head));
             layout.kept = others.map(|info| (info.name.clone(), info.name.clone())).collect();
+            layout.kept.sort();
             let weight = artifact.tensor(&format!("{}.weight", form.site))?;
             layout.width = weight.shape.get(1).copied().unwrap_or(0);
             return Ok(layout);
@@ -67,7 +68,8 @@ impl Layout {
         if let Some((site, _)) = form.dense {
             match own_dense(artifact, &loader, site).filter(|_| dense != Dense::PassThrough) {
                 Some(own) => layout.kept.extend(
-                    ["weight", "bias"].map(|part| (format!("{site}.{part}"), format!("{own}.{part}"))),
+                    ["weight", "bias"]
+                        .map(|part| (format!("{site}.{part}"), format!("{own}.{part}"))),
                 ),
                 None if dense == Dense::Own => {
                     return Err(Error::NothingToDo {
@@ -109,7 +111,13 @@ impl Layout {
             let dtype = dtype.of(from);
             let bytes = dtype.bytes_of(&shape).unwrap_or(0);
             plan.output_bytes += bytes;
-            plan.tensors.push(PlannedTensor { name, shape, dtype: dtype.to_string(), bytes, action });
+            plan.tensors.push(PlannedTensor {
+                name,
+                shape,
+                dtype: dtype.to_string(),
+                bytes,
+                action,
+            });
         };
         for (to, from) in &self.kept {
             let info = model.artifact.tensor(from)?;
@@ -166,9 +174,7 @@ fn pad_token(model: &ModelInput) -> Option<u64> {
 fn config(layout: &Layout, model: &ModelInput, classes: &[String]) -> Result<SideFile> {
     let artifact = &model.artifact;
     let mut config: Map<String, Value> = artifact.config().raw().clone();
-    config
-        .entry("model_type")
-        .or_insert_with(|| json!(artifact.architecture().model_type.clone()));
+    config.entry("model_type").or_insert_with(|| json!(artifact.architecture().model_type.clone()));
     if !layout.form.class.is_empty() {
         config.insert("architectures".into(), json!([layout.form.class]));
     }

@@ -73,12 +73,7 @@ pub(super) fn plan(method: &BitFit, inputs: &Inputs, has_biases: bool) -> Result
 ///
 /// # Errors
 /// As [`Session::train`].
-pub(super) fn run(
-    method: &BitFit,
-    inputs: &Inputs,
-    plan: &Plan,
-    cx: &Context,
-) -> Result<Output> {
+pub(super) fn run(method: &BitFit, inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Output> {
     let training = &method.training;
     let examples = training::examples(NAME, inputs, training, 0)?;
     let rate = method.learning_rate;

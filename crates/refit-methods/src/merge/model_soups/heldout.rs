@@ -77,12 +77,13 @@ impl<'a> HeldOut<'a> {
             (None, true) => {
                 return Err(Error::MissingData {
                     method: NAME,
-                    what: "held-out examples to score candidates, neither trained on nor tested on".into(),
+                    what: "held-out examples to score candidates, neither trained on nor tested on"
+                        .into(),
                     how: "--text FILE for language models, --labelled PATH for classifiers, or --mode uniform",
                 });
             }
             (Some(_), false) => return conflict("give --text or --labelled, not both".into()),
-            (Some(_), true) => return Self::new(inputs, max_tokens).map(drop),
+            (Some(_), true) => return HeldOut::new(inputs, max_tokens).map(drop),
             (None, false) => {}
         }
         if max_tokens.is_some_and(|tokens| tokens < 2) {
@@ -113,7 +114,9 @@ impl<'a> HeldOut<'a> {
                 let segments = inputs
                     .text
                     .iter()
-                    .map(|text| Ok(Segment::new(&*text.source, tokenizer.encode(&text.text, false)?)))
+                    .map(|text| {
+                        Ok(Segment::new(&*text.source, tokenizer.encode(&text.text, false)?))
+                    })
                     .collect::<Result<_>>()?;
                 Ok(Self::Text { segments, max_tokens })
             }
@@ -122,7 +125,9 @@ impl<'a> HeldOut<'a> {
                 let classes = labelled::text_classes(&texts, &names, count)?;
                 let tokenizer = model.tokenizer()?;
                 let longest = refit_nn::config::TransformerConfig::read(artifact.config())?.context;
-                let encode = |text: &String| Ok(encode_within(&tokenizer, text, longest)?.0);
+                let encode = |text: &String| -> Result<Vec<u32>> {
+                    Ok(encode_within(&tokenizer, text, longest)?.0)
+                };
                 let ids = texts.texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
                 if let Some(i) = ids.iter().position(Vec::is_empty) {
                     let problem = "the tokenizer makes no token of this text".to_owned();
@@ -171,9 +176,13 @@ impl<'a> HeldOut<'a> {
     pub(super) fn score(&self, artifact: &Artifact) -> Result<Scored> {
         match (self, self.load(artifact)?) {
             (Self::Text { segments, max_tokens }, Candidate::Language(model)) => {
-                let options =
-                    eval::Options { max_tokens: *max_tokens, resamples: 0, ..eval::Options::default() };
-                let done = eval::perplexity(&model, segments, &options, Reference::None, &|_, _| {})?;
+                let options = eval::Options {
+                    max_tokens: *max_tokens,
+                    resamples: 0,
+                    ..eval::Options::default()
+                };
+                let done =
+                    eval::perplexity(&model, segments, &options, Reference::None, &|_, _| {})?;
                 Ok(Scored { score: -done.nll, loss: done.nll })
             }
             (_, candidate) => {

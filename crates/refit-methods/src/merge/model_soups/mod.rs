@@ -18,7 +18,7 @@
 //!
 //! Learned soups lower the mean cross-entropy of the held-out examples. With one set of weights the derivative is taken by central
 //! differences, which needs forward passes only. By tensor, which is what the released `learned_bylayer.py` does, the exact
-//! gradient is taken by a backward pass ([`tensors`]); weights start at `1/K`, and the temperature `b` of a classifier's logits
+//! gradient is taken by a backward pass; weights start at `1/K`, and the temperature `b` of a classifier's logits
 //! trains along and is dropped. [`learn`] holds the arithmetic of both.
 
 use std::path::PathBuf;

@@ -106,8 +106,7 @@ fn by_tensor(mixture: &Mixture, rows: &[usize]) -> Weights {
 
 /// Loss and gradients of a candidate over all held-out examples.
 fn backward(held_out: &HeldOut, artifact: &Artifact, temperature: f64) -> Result<Backward> {
-    let mut found =
-        Backward { loss: 0.0, by_temperature: 0.0, by_tensor: HashMap::new() };
+    let mut found = Backward { loss: 0.0, by_temperature: 0.0, by_tensor: HashMap::new() };
     match held_out.load(artifact)? {
         Candidate::Language(model) => language(held_out, artifact, model, &mut found)?,
         Candidate::Image(model) => {
@@ -117,7 +116,7 @@ fn backward(held_out: &HeldOut, artifact: &Artifact, temperature: f64) -> Result
                 for conv in net.convs() {
                     let read = |part: &str| artifact.read_f32(&format!("{}.{part}", conv.norm()));
                     let (mean, variance) = (read("running_mean")?, read("running_var")?);
-                    let take = |all: &mut HashMap<_, Vec<f32>>, part: &str| {
+                    let take = |all: &mut HashMap<String, Vec<f32>>, part: &str| {
                         all.remove(&format!("{}.{part}", conv.site)).unwrap_or_default()
                     };
                     let scale = take(&mut found.by_tensor, "scale");
