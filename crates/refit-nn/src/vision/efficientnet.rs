@@ -257,3 +257,56 @@ impl EfficientNetLite {
         super::classify(&self.classifier, self.features(images), &mut Run::plain())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conv(scale: &[f32], shift: &[f32]) -> ConvNorm {
+        let device = Device::flex();
+        let vector = |values: &[f32]| Param::from_tensor(Tensor::from_floats(values, &device));
+        ConvNorm {
+            site: "_blocks.3._expand_conv".into(),
+            weight: Param::from_tensor(Tensor::zeros([3, 1, 1, 1], &device)),
+            scale: vector(scale),
+            shift: vector(shift),
+            stride: 1,
+            groups: 1,
+        }
+    }
+
+    #[test]
+    fn a_folded_normalization_unfolds_to_what_it_was() {
+        let (gamma, beta) = ([1.5f32, -0.25, 0.75], [0.1f32, -2.0, 0.0]);
+        let (mean, variance) = ([0.5f32, -1.0, 3.0], [0.25f32, 4.0, 0.0]);
+        let fold = |gamma: &[f32], beta: &[f32]| -> [Vec<f32>; 2] {
+            let scale: Vec<f32> =
+                gamma.iter().zip(variance).map(|(g, v)| g / (v + EPS).sqrt()).collect();
+            let pairs = beta.iter().zip(mean).zip(&scale);
+            let shift = pairs.map(|((b, m), s)| b - m * s).collect();
+            [scale, shift]
+        };
+        let [scale, shift] = fold(&gamma, &beta);
+        let [weight, bias] = conv(&scale, &shift).unfold(&mean, &variance);
+        for i in 0..3 {
+            assert!((weight[i] - gamma[i]).abs() < 1e-6 && (bias[i] - beta[i]).abs() < 1e-5);
+        }
+        // A function of scale and shift, through the chain rule and by differences.
+        let (by_scale, by_shift) = ([0.3f32, -1.0, 2.0], [0.7f32, 0.2, -0.4]);
+        let value = |gamma: &[f32], beta: &[f32]| -> f32 {
+            let [scale, shift] = fold(gamma, beta);
+            (0..3).map(|i| by_scale[i] * scale[i] + by_shift[i] * shift[i]).sum()
+        };
+        let [by_gamma, by_beta] =
+            conv(&scale, &shift).unfold_gradient(&by_scale, &by_shift, &mean, &variance);
+        for i in 0..3 {
+            let (mut g, mut b) = (gamma, beta);
+            g[i] += 0.5;
+            b[i] += 0.5;
+            let slope = |moved: f32| (moved - value(&gamma, &beta)) / 0.5;
+            assert!((slope(value(&g, &beta)) - by_gamma[i]).abs() < 1e-3 * (1.0 + by_gamma[i].abs()));
+            assert!((slope(value(&gamma, &b)) - by_beta[i]).abs() < 1e-4);
+        }
+        assert_eq!(conv(&scale, &shift).norm(), "_blocks.3._bn0");
+    }
+}
