@@ -264,12 +264,8 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
         assert!(stopped.is_err() && !out.exists(), "{method} {stage}");
         let output = configured.run(&inputs, &plan, &mut place.context(&out)).unwrap();
         if stage == "frozen features" {
-            let (found, computed) =
-                (&output.report["features"]["found"], &output.report["features"]["computed"]);
-            assert!(
-                found.as_u64().unwrap() >= 16 && computed.as_u64().unwrap() >= 16,
-                "{found} {computed}"
-            );
+            let count = |key: &str| output.report["features"][key].as_u64().unwrap();
+            assert!(count("found") >= 16 && count("computed") > 0, "{}", output.report["features"]);
         }
         for file in ["model.safetensors", "config.json"] {
             let (a, b) =

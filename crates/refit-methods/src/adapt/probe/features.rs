@@ -22,6 +22,7 @@ const BATCH: usize = 16;
 const VERSION: &str = "1";
 
 /// What stands under a head.
+#[allow(clippy::large_enum_variant)] // one per run: the weights dwarf it
 pub(super) enum Trunk {
     /// Of texts.
     Text(TextClassifier),

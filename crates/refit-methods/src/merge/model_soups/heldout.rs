@@ -59,6 +59,7 @@ pub(super) struct Scored {
 }
 
 /// A candidate brought to life.
+#[allow(clippy::large_enum_variant)] // one at a time: the weights dwarf it
 pub(super) enum Candidate {
     /// Predicts tokens.
     Language(Decoder),

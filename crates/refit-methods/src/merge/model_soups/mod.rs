@@ -281,14 +281,16 @@ impl ModelSoups {
 
 /// Writes candidates to a scratch directory to have them scored.
 struct Kitchen<'a> {
-    inputs: &'a Inputs,
+    /// The models; without the examples, which would be hashed for every candidate.
+    inputs: Inputs,
     plan: &'a Plan,
     cx: Context,
     scratch: tempfile::TempDir,
 }
 
 impl<'a> Kitchen<'a> {
-    fn new(inputs: &'a Inputs, plan: &'a Plan, cx: &Context) -> Result<Self> {
+    fn new(inputs: &Inputs, plan: &'a Plan, cx: &Context) -> Result<Self> {
+        let inputs = Inputs { models: inputs.models.clone(), ..Inputs::default() };
         let scratch = tempfile::Builder::new()
             .prefix("refit-soup-")
             .tempdir_in(&cx.temp_dir)
@@ -308,9 +310,9 @@ impl<'a> Kitchen<'a> {
 
     /// Writes a candidate and says where.
     fn mix(&self, weights: &Weights) -> Result<PathBuf> {
-        let emitter = Emitter::begin(self.inputs, self.plan, &self.cx)?;
+        let emitter = Emitter::begin(&self.inputs, self.plan, &self.cx)?;
         fold(&self.inputs.models, weights, &emitter, self.plan, &self.cx)?;
-        let path = emitter.finish_scratch(self.inputs, self.plan, &self.cx)?;
+        let path = emitter.finish_scratch(&self.inputs, self.plan, &self.cx)?;
         debug_assert!(path.starts_with(self.scratch.path()));
         Ok(path)
     }
