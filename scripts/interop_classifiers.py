@@ -75,7 +75,7 @@ def texts(binary, directory, file):
     model = load(AutoModelForSequenceClassification, directory)
     vocabulary = directory / "vocab.txt"
     if vocabulary.exists():
-        tokenizer = BertTokenizerFast(vocab=str(vocabulary)) if "vocab" in BertTokenizerFast.__init__.__code__.co_varnames else BertTokenizerFast(str(vocabulary))
+        tokenizer = BertTokenizerFast(str(vocabulary))
     else:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     lines = file.read_text(encoding="utf-8").splitlines()
