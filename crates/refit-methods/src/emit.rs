@@ -70,7 +70,9 @@ impl Emitter {
             .map(|input| Ok(input.adapter.content_hash()?))
             .collect::<Result<Vec<String>>>()?;
         let data: Vec<String> = inputs.data.iter().map(|data| data.sha256()).collect();
+        let labelled = inputs.labelled.as_ref().map(|labelled| labelled.sha256()).transpose()?;
         let identity = json!({
+            "labelled": labelled,
             "adapters": adapters,
             "data": data,
             "refit": env!("CARGO_PKG_VERSION"),
@@ -249,6 +251,20 @@ fn describe(
         }))
         .collect();
     lineage.measurements.extend(held_out(inputs, report));
+    if let Some(labelled) = &inputs.labelled {
+        let family = crate::registry::get(&plan.method)?.info.family;
+        let purpose = match family {
+            crate::method::Family::Adapt => "training",
+            _ => "evaluation",
+        };
+        lineage.data.push(DataUse {
+            name: name_of(&labelled.source()),
+            sha256: labelled.sha256()?,
+            purpose: purpose.into(),
+            size: Some(labelled.size()),
+            license: None,
+        });
+    }
     lineage.command = Some(command(inputs, plan, cx));
     let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
     let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
@@ -316,6 +332,9 @@ fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
             other => words.extend([flag, other.to_string()]),
         }
     }
+    if let Some(labelled) = &inputs.labelled {
+        words.extend(["--labelled".to_owned(), labelled.source()]);
+    }
     for text in &inputs.text {
         words.extend(["--text".to_owned(), text.source.clone()]);
     }
@@ -341,6 +360,9 @@ fn checks(report: &Value) -> Vec<String> {
         "ingredients",
         "trained_parameters",
         "processes",
+        "classes",
+        "l2",
+        "held_out_accuracy",
     ]
     .iter()
     .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))

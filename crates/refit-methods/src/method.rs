@@ -152,9 +152,9 @@ pub struct InputSpec {
 }
 
 impl Info {
-    /// Does it learn from examples? Those methods share the work between ranks, as [`adapt::frame`](crate::adapt::frame) does.
+    /// Does it share its work between ranks? Language models that learn do, as [`adapt::frame`](crate::adapt::frame) has it.
     pub fn trains(&self) -> bool {
-        self.inputs.data != Need::No
+        self.inputs.data == Need::Required
     }
 }
 
@@ -173,6 +173,13 @@ impl InputSpec {
     pub const CALIBRATED: Self = Self {
         text: Need::Required,
         data_role: "calibration text: a few thousand tokens like those the model will see",
+        ..Self::WEIGHTS
+    };
+    /// One model and labelled examples: texts as training data, or images.
+    pub const CLASSIFIED: Self = Self {
+        labelled: Need::Optional,
+        data: Need::Optional,
+        data_role: "labelled images to learn from",
         ..Self::WEIGHTS
     };
     /// One language model and what it is to learn.
@@ -330,6 +337,8 @@ pub struct Context {
     pub resume: bool,
     /// Scratch space for what must not sit in memory.
     pub temp_dir: PathBuf,
+    /// Where what is worth computing once is kept: frozen forward passes, in `features`.
+    pub cache: PathBuf,
     /// Where progress goes.
     pub progress: Arc<dyn Progress>,
     /// The processes that train together; only methods that train look at it.
@@ -375,6 +384,7 @@ impl Default for Context {
             force: false,
             resume: true,
             temp_dir: std::env::temp_dir(),
+            cache: refit_store::source::cache_root(),
             progress: Arc::new(Quiet),
             ranks: Ranks::default(),
         }
@@ -445,8 +455,10 @@ pub enum TrainingEvent {
         rate: f64,
         /// Norm of all gradients before clipping.
         grad_norm: f64,
-        /// Tokens that were learned from.
-        tokens: usize,
+        /// Tokens or examples that were learned from.
+        items: usize,
+        /// What `items` are: tokens, examples.
+        unit: &'static str,
         /// Wall time, in seconds.
         seconds: f64,
     },

@@ -217,13 +217,27 @@ pub fn rewrite(
 /// # Errors
 /// Files that cannot be read or written, and values that are not finite.
 pub fn copy(from: &Artifact, source: &str, to: &Emitter, tensor: &PlannedTensor) -> Result<()> {
-    let info = from.tensor(&tensor.name)?;
+    copy_as(from, &tensor.name, source, to, tensor)
+}
+
+/// Copies the tensor `name` to the place of `tensor`, which may have another name.
+///
+/// # Errors
+/// As [`copy`].
+pub fn copy_as(
+    from: &Artifact,
+    name: &str,
+    source: &str,
+    to: &Emitter,
+    tensor: &PlannedTensor,
+) -> Result<()> {
+    let info = from.tensor(name)?;
     if info.dtype.to_string() == tensor.dtype {
         let mut buffer = vec![0; (8 * PIECE).min(info.nbytes as usize)];
         let mut start = 0;
         while start < info.nbytes {
             let length = buffer.len().min((info.nbytes - start) as usize);
-            from.read_raw_into(&tensor.name, start, &mut buffer[..length])?;
+            from.read_raw_into(name, start, &mut buffer[..length])?;
             to.write_raw(&tensor.name, start, &buffer[..length])?;
             start += length as u64;
         }
@@ -232,8 +246,8 @@ pub fn copy(from: &Artifact, source: &str, to: &Emitter, tensor: &PlannedTensor)
         let mut buffer = vec![0f32; PIECE.min(numel)];
         for start in (0..numel).step_by(PIECE) {
             let length = PIECE.min(numel - start);
-            from.read_f32_into(&tensor.name, start, &mut buffer[..length])?;
-            check_finite(source, &tensor.name, &buffer[..length], start)?;
+            from.read_f32_into(name, start, &mut buffer[..length])?;
+            check_finite(source, name, &buffer[..length], start)?;
             to.write_f32(&tensor.name, start, &buffer[..length])?;
         }
     }

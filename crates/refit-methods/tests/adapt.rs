@@ -595,3 +595,43 @@ impl From<TrainError> for Said {
         Self(error.to_string())
     }
 }
+
+#[test]
+fn a_llama_gets_biases_to_train() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let base = Artifact::open(tiny()).unwrap();
+    // Before anything is learned the model says what it said.
+    let still = json!({"add_biases": true, "learning_rate": 1e-30, "steps": 1, "dtype": "f32"});
+    apply("bitfit", small(still), &inputs, &dir.path().join("still")).unwrap();
+    assert_eq!(logits(&load(&dir.path().join("still"))), logits(&load(&tiny())));
+    let out = dir.path().join("out");
+    let more = json!({"add_biases": true, "learning_rate": 1e-2, "dtype": "f32"});
+    let report = apply("bitfit", small(more), &inputs, &out).unwrap();
+    let made = Artifact::open(&out).unwrap();
+    assert!(made.load_report().is_clean(), "{}", made.load_report());
+    let config = made.config();
+    assert_eq!((config.bool("attention_bias"), config.bool("mlp_bias")), (Some(true), Some(true)));
+    let mut trained = 0;
+    for info in made.tensors() {
+        let values = made.read_f32(&info.name).unwrap();
+        match info.name.strip_suffix(".bias") {
+            None => assert_eq!(values, base.read_f32(&info.name).unwrap(), "{}", info.name),
+            Some(site) if site.ends_with("o_proj") || site.ends_with("down_proj") => {
+                assert!(values.iter().any(|v| *v != 0.0), "{site} did not train");
+                trained += values.len();
+            }
+            Some(site) => assert!(values.iter().all(|v| *v == 0.0), "{site} is not zero"),
+        }
+    }
+    assert_eq!(report["trained_parameters"], trained);
+    assert_eq!(made.tensors().len(), base.tensors().len() + 7 * made.architecture().layers());
+    assert!(distance(&logits(&load(&out)), &logits(&load(&tiny()))) > 1e-4);
+    // A model with biases trains those that it has.
+    let again = Inputs { models: vec![ModelInput::open("out", &out).unwrap()], ..tuned(LESSON) };
+    let refused = small(json!({"add_biases": true}));
+    let error = apply("bitfit", refused, &again, &dir.path().join("x")).unwrap_err();
+    assert!(error.contains("biases of its own"), "{error}");
+    apply("bitfit", small(json!({"learning_rate": 1e-3})), &again, &dir.path().join("more"))
+        .unwrap();
+}

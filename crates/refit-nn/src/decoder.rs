@@ -58,11 +58,19 @@ impl Frame {
     /// # Errors
     /// Missing or mis-shaped tensors.
     pub fn load(loader: &Loader) -> Result<Self> {
+        Ok(Self { head: loader.head()?, ..Self::load_trunk(loader)? })
+    }
+
+    /// Loads the frame without its head; only what it embeds and norms means anything.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_trunk(loader: &Loader) -> Result<Self> {
         Ok(Self {
             embed: loader.embed()?,
             positions: loader.positions()?,
             norm: loader.outer_norm()?,
-            head: loader.head()?,
+            head: None,
             prefix: None,
             prompt: None,
             config: loader.config().clone(),
@@ -194,6 +202,15 @@ impl Decoder {
         loader.decode_ahead()?;
         let blocks = (0..loader.config().layers).map(|i| loader.block(i)).collect::<Result<_>>()?;
         Ok(Self { frame: Frame::load(&loader)?, blocks })
+    }
+
+    /// Loads a decoder without the head that predicts tokens: what stands under a head of another kind.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_trunk(loader: &Loader) -> Result<Self> {
+        let blocks = (0..loader.config().layers).map(|i| loader.block(i)).collect::<Result<_>>()?;
+        Ok(Self { frame: Frame::load_trunk(loader)?, blocks })
     }
 
     /// The config.

@@ -49,6 +49,10 @@ impl Encoder {
     pub fn load(artifact: &Artifact, device: &Device) -> Result<Self> {
         let loader = Loader::new(artifact, device)?;
         loader.decode_ahead()?;
+        Self::read(&loader)
+    }
+
+    pub(crate) fn read(loader: &Loader) -> Result<Self> {
         let hidden = loader.config().hidden;
         let segments = loader.trunk("embeddings.token_type_embeddings");
         let segments = loader

@@ -1,7 +1,8 @@
-//! The frame of every method that trains a language model: load, change, train, measure, write.
+//! The frame of every method that trains: load, change, train, measure, write.
 //!
-//! A method says what it attaches and what trains ([`Session::train`]); what was learned is then written as an adapter
-//! ([`Trained::write_adapter`]) or as a model ([`Trained::write_model`]). Checkpoints lie beside the output under a hidden
+//! A method on a language model says what it attaches and what trains ([`Session::train`]); what was learned is then written as
+//! an adapter ([`Trained::write_adapter`]) or as a model ([`Trained::write_model`]). Other models bring their own objective
+//! ([`Session::fit`]). Checkpoints lie beside the output under a hidden
 //! name until it is complete, so the same command goes on where an interrupted run stopped.
 //!
 //! Several ranks ([`Context::ranks`]) share every batch. Rank 0 alone measures and writes; what the others return says nothing
@@ -20,7 +21,9 @@ use refit_store::{DType, SideFile};
 use refit_train::BoxError;
 use refit_train::eval::{self, Reference, Segment};
 use refit_train::train::loss::next_token;
-use refit_train::train::{At, Order, Recipe, RunOptions, Scope, StepReport, Terms, Trainer};
+use refit_train::train::{
+    At, Objective, Order, Recipe, RunOptions, Scope, StepReport, Terms, Trainer,
+};
 use serde_json::{Value, json};
 
 use super::training::Training;
@@ -47,9 +50,9 @@ pub struct Session<'a> {
 }
 
 /// A trained model and what is known of its training.
-pub struct Trained {
+pub struct Trained<M = Decoder> {
     /// The model, off autodiff.
-    pub model: Decoder,
+    pub model: M,
     /// What goes to the lineage.
     pub report: Value,
     /// What differs from run to run.
@@ -60,6 +63,18 @@ pub struct Trained {
     fingerprints: Vec<String>,
     checkpoints: PathBuf,
     warnings: Vec<String>,
+}
+
+/// What a training begins with, beside its model.
+pub struct Start {
+    /// Examples in all.
+    pub examples: usize,
+    /// What the objective's terms count: tokens, examples.
+    pub unit: &'static str,
+    /// Perplexity on held-out text before the first update.
+    pub held_out: Option<f64>,
+    /// What the model's weight files looked like when they were read.
+    pub fingerprints: Vec<String>,
 }
 
 /// Held-out perplexity is measured on at most this many tokens of every text.
@@ -89,13 +104,6 @@ impl Session<'_> {
         let mut model = Decoder::load(&source.artifact, &BurnDevice::flex())?;
         let before = cx.ranks.lead(|| self.perplexity(&model))?.flatten();
         recipe.scope = prepare(&mut model, &mut Rng::named(cx.seed, "init"))?;
-        let steps = recipe.steps;
-        let mut trainer = Trainer::new(model, recipe)?.with_ranks(cx.ranks.clone())?;
-        let trained: u64 = self.count(&trainer);
-        let checkpoints = self.checkpoints()?;
-        if !cx.resume {
-            cx.ranks.lead(|| remove(&checkpoints))?;
-        }
         let order = Order::new(cx.seed, examples.len());
         let objective = |model: &Decoder, at: At| -> Result<Terms, BoxError> {
             let share = at.share.of(training.batch);
@@ -111,8 +119,45 @@ impl Session<'_> {
             let (loss, tokens) = next_token(model, &ids, rows, Some(&learned), &mut run)?;
             Ok(Terms::one("cross-entropy", loss, tokens))
         };
+        let start = Start {
+            examples: examples.len(),
+            unit: "tokens",
+            held_out: before.map(|(perplexity, _)| perplexity),
+            fingerprints,
+        };
+        let mut trained = self.fit(model, recipe, start, &objective)?;
+        let after = cx.ranks.lead(|| self.perplexity(&trained.model))?.flatten();
+        if let (Some((before, tokens)), Some((after, _))) = (before, after) {
+            trained.report["held_out_perplexity_before"] = json!(before);
+            trained.report["held_out_perplexity_after"] = json!(after);
+            trained.report["held_out_tokens"] = json!(tokens);
+        }
+        trained.costs["total_seconds"] = json!(started.elapsed().as_secs_f64());
+        Ok(trained)
+    }
+
+    /// Trains `model` on an objective, with checkpoints.
+    ///
+    /// # Errors
+    /// As [`Self::train`].
+    pub fn fit<M: Trainable>(
+        &self,
+        model: M,
+        recipe: Recipe,
+        start: Start,
+        objective: &impl Objective<M>,
+    ) -> Result<Trained<M>> {
+        let Self { cx, training, .. } = self;
+        let Start { examples, unit, held_out, fingerprints } = start;
+        let started = Instant::now();
+        let steps = recipe.steps;
+        let mut trainer = Trainer::new(model, recipe)?.with_ranks(cx.ranks.clone())?;
+        let trained: u64 = self.count(&trainer);
+        let checkpoints = self.checkpoints()?;
+        if !cx.resume {
+            cx.ranks.lead(|| remove(&checkpoints))?;
+        }
         cx.progress.begin("training", steps, Unit::Steps);
-        let held_out = before.map(|(perplexity, _)| perplexity);
         let begin = TrainingEvent::Begin { updates: steps, parameters: trained, held_out };
         cx.progress.training(&begin);
         let (mut tokens, mut seconds, mut seen) = (0u64, 0.0, 0u64);
@@ -128,7 +173,8 @@ impl Session<'_> {
                 loss: report.loss,
                 rate: report.rate,
                 grad_norm: report.grad_norm,
-                tokens: report.items,
+                items: report.items,
+                unit,
                 seconds: report.seconds,
             });
             cx.progress.advance(1);
@@ -145,16 +191,15 @@ impl Session<'_> {
             on_checkpoint: Some(&mut on_checkpoint),
         };
         // Training runs where it is called: a trainer's hooks may belong to this thread.
-        let ran = trainer.run(&objective, options);
+        let ran = trainer.run(objective, options);
         cx.progress.end();
         ran?;
         let state_bytes = trainer.state_bytes();
         let model = trainer.into_model();
-        let after = cx.ranks.lead(|| self.perplexity(&model))?.flatten();
         let losses = cx.ranks.lead(|| losses(&checkpoints))?.unwrap_or_default();
         let mut report = json!({
             "updates": steps,
-            "examples": examples.len(),
+            "examples": examples,
             "trained_parameters": trained,
             "optimizer_state_bytes": state_bytes,
             "first_loss": losses.first().map(|r| r.loss),
@@ -163,18 +208,13 @@ impl Session<'_> {
             "learning_rate": thin(&losses, |report| report.rate),
             "grad_norm": thin(&losses, |report| report.grad_norm),
         });
-        if let (Some((before, tokens)), Some((after, _))) = (before, after) {
-            report["held_out_perplexity_before"] = json!(before);
-            report["held_out_perplexity_after"] = json!(after);
-            report["held_out_tokens"] = json!(tokens);
-        }
         if !cx.ranks.alone() {
             report["processes"] = json!(cx.ranks.size());
         }
         let costs = json!({
             "training_seconds": seconds,
             "total_seconds": started.elapsed().as_secs_f64(),
-            "learned_tokens_per_second": if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
+            format!("learned_{unit}_per_second"): if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 },
         });
         Ok(Trained {
             model,
@@ -247,7 +287,7 @@ impl Session<'_> {
         all.into_iter().find(|name| *name == self.plan.method).unwrap_or("training")
     }
 
-    fn count(&self, trainer: &Trainer<Decoder>) -> u64 {
+    fn count<M: Trainable>(&self, trainer: &Trainer<M>) -> u64 {
         let names: std::collections::HashSet<&str> = trainer.trained().collect();
         let all = trainer.model().parameters();
         let trained = all.iter().filter(|p| names.contains(p.name.as_str()));
@@ -290,13 +330,16 @@ impl Session<'_> {
     /// What the result depends on besides the trainer's recipe.
     fn identity(&self) -> String {
         let data: Vec<String> = self.inputs.data.iter().map(|data| data.sha256()).collect();
-        let identity = json!({
+        let mut identity = json!({
             "refit": env!("CARGO_PKG_VERSION"),
             "method": self.plan.method,
             "parameters": self.plan.parameters,
             "base": self.inputs.models[0].artifact.fingerprint().ok(),
             "data": data,
         });
+        if let Some(labelled) = &self.inputs.labelled {
+            identity["labelled"] = json!(labelled.sha256().ok());
+        }
         refit_store::hash::hex(identity.to_string().as_bytes())
     }
 }
@@ -375,16 +418,6 @@ impl Trained {
         }
     }
 
-    /// Adds a file beside the weights.
-    pub fn add_file(&mut self, file: SideFile) {
-        self.files.push(file);
-    }
-
-    /// Adds a warning to the output.
-    pub fn warn(&mut self, warning: String) {
-        self.warnings.push(warning);
-    }
-
     /// Writes what was learned as an adapter.
     ///
     /// # Errors
@@ -443,9 +476,24 @@ impl Trained {
         let path = emitter.finish(inputs, plan, cx, self.files()?, &self.report)?;
         self.output(path)
     }
+}
+
+impl<M> Trained<M> {
+    /// Adds a file beside the weights.
+    pub fn add_file(&mut self, file: SideFile) {
+        self.files.push(file);
+    }
+
+    /// Adds a warning to the output.
+    pub fn warn(&mut self, warning: String) {
+        self.warnings.push(warning);
+    }
 
     /// What lies beside the weights.
-    fn files(&self) -> Result<Vec<SideFile>> {
+    ///
+    /// # Errors
+    /// None in practice: plain data always serializes.
+    pub fn files(&self) -> Result<Vec<SideFile>> {
         let mut files = self.files.clone();
         let mut summary = emit::serialize("training", &self.report)?;
         summary.push(b'\n');
@@ -453,7 +501,11 @@ impl Trained {
         Ok(files)
     }
 
-    fn output(self, path: PathBuf) -> Result<Output> {
+    /// What a method returns once `path` is written; the checkpoints go.
+    ///
+    /// # Errors
+    /// Checkpoints that cannot be removed.
+    pub fn output(self, path: PathBuf) -> Result<Output> {
         remove(&self.checkpoints)?;
         let mut report = self.report;
         for (key, value) in self.costs.as_object().into_iter().flatten() {

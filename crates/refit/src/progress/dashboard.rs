@@ -108,9 +108,10 @@ pub struct Training {
     smooth: Smooth,
     rate: f64,
     grad_norm: f64,
-    tokens: Smooth,
+    items: Smooth,
     seconds: Smooth,
-    tokens_per_second: f64,
+    items_per_second: f64,
+    unit: &'static str,
     checkpoint: Option<u64>,
 }
 
@@ -121,16 +122,16 @@ impl Training {
             TrainingEvent::Begin { updates, parameters, held_out } => {
                 *self = Self { updates, parameters, held_out, ..Self::default() };
             }
-            TrainingEvent::Update { update, loss, rate, grad_norm, tokens, seconds } => {
+            TrainingEvent::Update { update, loss, rate, grad_norm, items, unit, seconds } => {
                 if self.losses.is_empty() {
                     self.before = update.saturating_sub(1);
                     self.checkpoint = self.checkpoint.or((self.before > 0).then_some(self.before));
                 }
                 self.losses.push((loss, self.smooth.push(loss)));
                 (self.rate, self.grad_norm) = (rate, grad_norm);
-                let (tokens, seconds) =
-                    (self.tokens.push(tokens as f64), self.seconds.push(seconds));
-                self.tokens_per_second = tokens / seconds.max(1e-9);
+                let (items, seconds) = (self.items.push(items as f64), self.seconds.push(seconds));
+                self.items_per_second = items / seconds.max(1e-9);
+                self.unit = unit;
             }
             TrainingEvent::Checkpoint { update } => self.checkpoint = Some(update),
         }
@@ -238,12 +239,13 @@ impl Training {
         let left = self.updates.saturating_sub(self.done()) as f64;
         let remaining = last.map_or_else(dash, |_| clock(view.elapsed / made * left));
         let cell = |name: &str, value: String| (name.to_owned(), value);
+        let speed = format!("{}/s", if self.unit.is_empty() { "tokens" } else { self.unit });
         let mut cells = vec![
             cell("loss", of(last.map_or(0.0, |l| l.0), number::plain)),
             cell("smoothed", of(last.map_or(0.0, |l| l.1), number::plain)),
             cell("gradient", of(self.grad_norm, number::plain)),
             cell("rate", of(self.rate, |rate| format!("{rate:.1e}"))),
-            cell("tokens/s", of(self.tokens_per_second, |n| number::count(n.round() as u64))),
+            cell(&speed, of(self.items_per_second, |n| number::count(n.round() as u64))),
             cell("elapsed", clock(view.elapsed)),
             cell("left", remaining),
             cell("checkpoint", self.checkpoint.map_or_else(dash, |at| at.to_string())),
@@ -290,7 +292,8 @@ mod tests {
             loss,
             rate: 1.4e-4,
             grad_norm: 0.84,
-            tokens: 500,
+            items: 500,
+            unit: "tokens",
             seconds: 0.25,
         }
     }

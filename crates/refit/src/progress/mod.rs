@@ -162,9 +162,9 @@ impl Progress {
         if let Some(dashboard) = &stage.dashboard {
             dashboard.see(event);
         }
-        if let TrainingEvent::Update { loss, rate, tokens, seconds, .. } = event {
-            let speed = *tokens as f64 / seconds.max(1e-9);
-            stage.status = format!("loss {loss:.3}, rate {rate:.1e}, {speed:.0} tokens/s");
+        if let TrainingEvent::Update { loss, rate, items, unit, seconds, .. } = event {
+            let speed = *items as f64 / seconds.max(1e-9);
+            stage.status = format!("loss {loss:.3}, rate {rate:.1e}, {speed:.0} {unit}/s");
             stage.bar.set_message(stage.status.clone());
         }
     }

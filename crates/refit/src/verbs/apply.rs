@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{ArgAction, ArgMatches, Command};
+use refit_methods::labelled::Part;
 use refit_methods::method::{
-    AdapterInput, Context, Family, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData,
+    AdapterInput, Context, Family, Inputs, ModelInput, Need, OutputKind, Plan, TextData,
     TrainingEvent, Unit,
 };
 use refit_methods::registry::{self, Entry};
@@ -20,7 +21,7 @@ use crate::output::{self, Outcome};
 use crate::progress::Progress;
 use crate::report::number;
 use crate::suggest::did_you_mean;
-use crate::{inputs, ranks};
+use crate::{inputs, labelled, ranks};
 
 /// The command with one subcommand per method.
 pub fn command() -> Command {
@@ -75,10 +76,13 @@ fn method_command(entry: &Entry) -> Command {
                 .value_name("FILE")
                 .action(ArgAction::Append)
                 .num_args(1..)
-                .help(
-                    "What to learn: .jsonl, .csv or .parquet with `messages`, `prompt` and `completion`, or `text`; else plain \
-                     text (files, or builtin:kjv-calib)",
-                ),
+                .help(match spec.data {
+                    Need::Optional => "Classified texts: .jsonl, .csv or .parquet with the columns `text` and `label`",
+                    _ => {
+                        "What to learn: .jsonl, .csv or .parquet with `messages`, `prompt` and `completion`, or `text`; else \
+                         plain text (files, or builtin:kjv-calib)"
+                    }
+                }),
         );
     }
     if spec.text != Need::No {
@@ -95,9 +99,14 @@ fn method_command(entry: &Entry) -> Command {
         command = command.arg(
             clap::Arg::new("labelled")
                 .long("labelled")
-                .value_name("DIR")
-                .value_parser(clap::value_parser!(PathBuf))
-                .help(format!("{} (one folder of images per class)", data_role(entry))),
+                .value_name("PATH")
+                .help(format!(
+                    "{}: a folder with one folder of images per class, an IDX pair, or a table of texts and labels",
+                    match spec.text {
+                        Need::No => data_role(entry),
+                        _ => "Labelled held-out examples that score candidates by accuracy",
+                    }
+                )),
         );
     }
     command
@@ -146,7 +155,7 @@ pub fn run(app: &App, matches: &ArgMatches) -> Result<Outcome> {
         models,
         text,
         data,
-        labelled: path("labelled"),
+        labelled: matches.try_get_one::<String>("labelled").ok().flatten().cloned(),
         out: path("out"),
         seed: matches.get_one::<u64>("seed").copied().unwrap_or(0),
         force: set("force"),
@@ -179,8 +188,8 @@ pub struct Request {
     pub text: Vec<String>,
     /// Files of training data.
     pub data: Vec<String>,
-    /// Folder of labelled images.
-    pub labelled: Option<PathBuf>,
+    /// Labelled examples: a folder, an IDX pair, a table or a source of them.
+    pub labelled: Option<String>,
     /// Where the result goes.
     pub out: Option<PathBuf>,
     /// Seed of every random choice.
@@ -225,9 +234,13 @@ impl Request {
             .into_iter()
             .map(|text| TextData { source: text.source, text: text.text })
             .collect();
-        let labelled = self.labelled.as_deref().map(inputs::labelled_images).transpose()?;
+        let part = match self.entry.info.family {
+            Family::Adapt => Part::Train,
+            _ => Part::HeldOut,
+        };
+        let labelled = self.labelled.as_deref();
+        let labelled = labelled.map(|source| labelled::open(app, source, part)).transpose()?;
         let data = inputs::training(&self.data)?;
-        let labelled = labelled.map(Labelled::Images);
         Ok(Inputs { models, text, labelled, data, adapters })
     }
 
@@ -308,6 +321,7 @@ impl Request {
             threads: app.global.threads.map_or(0, usize::from),
             force: self.force,
             resume: self.resume,
+            cache: app.global.cache.clone().unwrap_or_else(refit_store::source::cache_root),
             progress: Arc::new(Bars(app.progress.clone())),
             ranks: app.ranks.clone(),
             ..Context::default()

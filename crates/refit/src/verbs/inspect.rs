@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use refit_store::Artifact;
-use refit_store::architecture::{Kind, MemoryOptions, memory_plan};
+use refit_store::architecture::{Kind, MemoryOptions, Role, memory_plan};
 use serde_json::{Value, json};
 
 use crate::cli::App;
@@ -59,7 +59,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     };
     let healthy = report.is_clean() && values.as_ref().is_none_or(|v| v.faulty.is_empty());
 
-    let mut text = output::facts([
+    let mut facts = vec![
         ("path", model.path.display().to_string()),
         ("format", format!("{:?}", artifact.format()).to_lowercase()),
         (
@@ -79,7 +79,10 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         ("on disk", number::bytes(stored)),
         ("grid", grid.to_string()),
         ("strict load", report.to_string().replace('\n', "\n             ")),
-    ]);
+    ];
+    let labels = labels(artifact);
+    facts.extend(labels.as_ref().map(|labels| ("labels", shown(labels))));
+    let mut text = output::facts(facts);
     for (name, tied_to) in &ties {
         text.push_str(&format!("tied          {name} = {tied_to}\n"));
     }
@@ -154,6 +157,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             "layers": architecture.layers(),
             "dims": architecture.dims,
         },
+        "labels": labels,
         "parameters": parameters,
         "bytes": stored,
         "roles": architecture.parameters_by_role().iter().map(|(role, tensors, elements)| {
@@ -177,6 +181,27 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         })).collect::<Vec<_>>(),
     });
     Ok(Outcome::new(json, text).holds(healthy || !args.strict))
+}
+
+/// Names of the classes of a classifier, numbered where the config does not name them; `None` for other models.
+pub fn labels(artifact: &Artifact) -> Option<Vec<String>> {
+    let classes = match artifact.architecture().kind {
+        Kind::Vision => {
+            let head = artifact.architecture().with_role(Role::Head).find(|site| site.stored)?;
+            *head.shape.first()?
+        }
+        _ => refit_nn::classifier::text_classes(artifact)?,
+    };
+    let names = refit_methods::labelled::class_names(artifact);
+    let name = |i: usize| names.get(i).cloned().flatten().unwrap_or_else(|| i.to_string());
+    Some((0..classes).map(name).collect())
+}
+
+/// How many, and the first of them.
+fn shown(labels: &[String]) -> String {
+    let first: Vec<&str> = labels.iter().take(5).map(String::as_str).collect();
+    let more = if labels.len() > first.len() { ", ..." } else { "" };
+    format!("{}: {}{more}", number::count(labels.len() as u64), first.join(", "))
 }
 
 /// Element type -> (tensors, elements, bytes).
