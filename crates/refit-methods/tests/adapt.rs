@@ -279,8 +279,8 @@ fn training_tells_what_happens_and_leaves_it_beside_the_weights() {
     let updates: Vec<u64> = events
         .iter()
         .filter_map(|event| match event {
-            TrainingEvent::Update { update, loss, rate, grad_norm, tokens, .. } => {
-                assert!(loss.is_finite() && *rate > 0.0 && *grad_norm > 0.0 && *tokens > 0);
+            TrainingEvent::Update { update, loss, rate, grad_norm, items, .. } => {
+                assert!(loss.is_finite() && *rate > 0.0 && *grad_norm > 0.0 && *items > 0);
                 Some(*update)
             }
             _ => None,
@@ -552,11 +552,13 @@ fn several_ranks_write_what_one_process_does_and_once() {
         assert_eq!(reports[0]["processes"], 2, "{method}");
         assert!(reports[0]["held_out_perplexity_after"].is_f64(), "{method}");
         let found = values(dir.path().join(&two).join(file));
-        let apart = distance(&values(dir.path().join(&one).join(file)), &found);
-        println!("{method}: {apart:e}");
-        // A fiftieth of what one update moves a value: Adam makes steps of the same size of small gradients.
+        let alone = values(dir.path().join(&one).join(file));
+        // Adam makes steps of the same size of gradients that are nothing but rounding, so a few values may go their own way: at
+        // most one in a thousand is further apart than a fiftieth of what one update moves a value.
         let rate = more["learning_rate"].as_f64().unwrap_or(1e-4) as f32;
-        assert!(apart < 0.02 * rate, "{method}: {apart}");
+        let apart = alone.iter().zip(&found).filter(|(a, b)| (*a - *b).abs() > 0.02 * rate);
+        let apart = apart.count();
+        assert!(1000 * apart <= alone.len(), "{method}: {apart} of {} values", alone.len());
         let start = values(tiny().join("model.safetensors"));
         assert!(found.len() != start.len() || distance(&found, &start) > 1e-5, "{method} learned");
     }

@@ -213,9 +213,9 @@ impl Scale {
         }
         for (d, m) in deviation.iter_mut().zip(&mean) {
             *d = d.sqrt();
-            // A constant column says nothing, and dividing by its rounding would.
+            // A constant column says nothing, and dividing by its rounding would: its weight stays 0.
             if *d <= 1e-7 * m.abs().max(1e-30) {
-                *d = 1.0;
+                *d = f64::INFINITY;
             }
         }
         Self { mean, deviation }

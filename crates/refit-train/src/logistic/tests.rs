@@ -136,9 +136,10 @@ fn constant_and_duplicate_columns_do_no_harm() {
 
 #[test]
 fn bad_input_is_named() {
-    let problem = |features, labels| Problem { features, labels, classes: 2, width: 2, bias: true };
-    let fail =
-        |features: &[f32], labels: &[u32]| fit(&problem(features, labels), &options()).unwrap_err();
+    let fail = |features: &[f32], labels: &[u32]| {
+        let problem = Problem { features, labels, classes: 2, width: 2, bias: true };
+        fit(&problem, &options()).unwrap_err()
+    };
     assert!(matches!(fail(&[], &[]), Error::EmptyText { .. }));
     assert!(matches!(fail(&[0.0; 3], &[0, 1]), Error::Length { .. }));
     assert!(matches!(fail(&[0.0; 4], &[0, 2]), Error::Label { item: 1, label: 2, .. }));
