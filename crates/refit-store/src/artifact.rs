@@ -170,6 +170,15 @@ impl Artifact {
         self.packed
     }
 
+    /// The packed form of a tensor, in words; `None` where it is stored as it is.
+    pub fn stored_packed(&self, name: &str) -> Result<Option<String>> {
+        let bits = match &self.entry(name)?.view {
+            View::Packed(packed) => Some(packed.bits),
+            _ => None,
+        };
+        Ok(bits.zip(self.packed).map(|(bits, format)| format!("{bits}-bit {format}")))
+    }
+
     /// Bytes that a tensor takes on disk: less than [`TensorInfo::nbytes`] where it is packed.
     pub fn stored_bytes(&self, name: &str) -> Result<u64> {
         let entry = self.entry(name)?;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::failure::{Code, Failure, Result};
 use crate::output::{self, Outcome};
@@ -139,13 +139,17 @@ pub fn main() -> Code {
         Err(error) => return refuse(&error, as_json),
     };
     interrupt::expect(matches.subcommand_name().is_some_and(|verb| RESUMING.contains(&verb)));
-    // `apply` is not derived: its flags come from the methods.
-    let (global, result) = if let Some(("apply", sub)) = matches.subcommand() {
+    // `apply` and `export` are not derived: their flags come from the methods.
+    let of_methods = match matches.subcommand() {
+        Some(("apply", sub)) => Some((verbs::apply::run as fn(&App, &ArgMatches) -> _, sub)),
+        Some(("export", sub)) => Some((verbs::export::run as _, sub)),
+        _ => None,
+    };
+    let (global, result) = if let Some((run, sub)) = of_methods {
         match Global::from_arg_matches(&matches) {
-            Ok(global) => (
-                global.clone(),
-                setup(global).and_then(|app| in_pool(|| verbs::apply::run(&app, sub))),
-            ),
+            Ok(global) => {
+                (global.clone(), setup(global).and_then(|app| in_pool(|| run(&app, sub))))
+            }
             Err(error) => return refuse(&error, as_json),
         }
     } else {
@@ -173,11 +177,11 @@ fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 
 /// The whole command.
 pub fn command() -> clap::Command {
-    Cli::command().subcommand(verbs::apply::command())
+    Cli::command().subcommand(verbs::apply::command()).subcommand(verbs::export::command())
 }
 
 /// Verbs whose next run goes on where an interrupted one stopped.
-const RESUMING: &[&str] = &["apply", "claim", "pull", "run"];
+const RESUMING: &[&str] = &["apply", "claim", "export", "pull", "run"];
 
 /// Whether `--json` is among the arguments: it decides how a wrong command line is reported, too.
 fn asks_for_json(args: impl Iterator<Item = std::ffi::OsString>) -> bool {

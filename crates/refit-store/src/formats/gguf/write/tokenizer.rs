@@ -176,16 +176,16 @@ impl Vocabulary {
 /// Pairs of `model.merges`, written as one string or as two.
 fn merges(json: &Json) -> Result<Vec<(&str, &str)>, String> {
     let list = json["model"]["merges"].as_array().ok_or("tokenizer.json has no `model.merges`")?;
-    let pair = |(at, merge): (usize, &Json)| -> Option<(&str, &str)> {
-        let _ = at;
+    fn pair(merge: &Json) -> Option<(&str, &str)> {
         match merge {
             Json::String(text) => text.split_once(' '),
             other => Some((other.get(0)?.as_str()?, other.get(1)?.as_str()?)),
         }
-    };
-    let pairs = list.iter().enumerate().map(|(at, merge)| {
-        pair((at, merge)).ok_or(format!("tokenizer.json: merge {at} is no pair"))
-    });
+    }
+    let pairs = list
+        .iter()
+        .enumerate()
+        .map(|(at, merge)| pair(merge).ok_or(format!("tokenizer.json: merge {at} is no pair")));
     pairs.collect()
 }
 
