@@ -361,8 +361,6 @@ fn checks(report: &Value) -> Vec<String> {
     [
         "bits_per_weight",
         "packed_bytes",
-        "tensors_equal_to_the_source",
-        "relative_error",
         "sparsity",
         "ingredients",
         "trained_parameters",

@@ -265,7 +265,7 @@ impl Artifact {
     /// Elements `start..start + out.len()`, decoded. Reads by position: no page stays resident.
     pub fn read_f32_into(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
         let entry = self.entry(name)?;
-        if out.len() < 2 * PARALLEL_ELEMENTS || entry.is_whole() {
+        if out.len() < 2 * PARALLEL_ELEMENTS || matches!(entry.view, View::Transposed { .. }) {
             return entry.read_f32(start, out);
         }
         let chunks = out.par_chunks_mut(PARALLEL_ELEMENTS).enumerate();

@@ -160,11 +160,6 @@ impl Entry {
         Ok(())
     }
 
-    /// True where reading any part reads everything: such a tensor is not read in parallel pieces.
-    pub fn is_whole(&self) -> bool {
-        matches!(self.view, View::Transposed { .. } | View::Packed(_))
-    }
-
     fn check_range(&self, start: u64, count: usize, len: u64, unit: &'static str) -> Result<()> {
         let end = start.saturating_add(count as u64);
         if end > len {

@@ -140,9 +140,10 @@ pub fn main() -> Code {
     };
     interrupt::expect(matches.subcommand_name().is_some_and(|verb| RESUMING.contains(&verb)));
     // `apply` and `export` are not derived: their flags come from the methods.
-    let of_methods = match matches.subcommand() {
-        Some(("apply", sub)) => Some((verbs::apply::run as fn(&App, &ArgMatches) -> _, sub)),
-        Some(("export", sub)) => Some((verbs::export::run as _, sub)),
+    type Run = fn(&App, &ArgMatches) -> Result<Outcome>;
+    let of_methods: Option<(Run, &ArgMatches)> = match matches.subcommand() {
+        Some(("apply", sub)) => Some((verbs::apply::run, sub)),
+        Some(("export", sub)) => Some((verbs::export::run, sub)),
         _ => None,
     };
     let (global, result) = if let Some((run, sub)) = of_methods {

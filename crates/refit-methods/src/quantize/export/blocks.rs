@@ -69,6 +69,7 @@ pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Ve
     }
     let off_grid: Vec<&Decision> = decisions
         .iter()
+        .filter(|_| export.r#type.0.is_none())
         .filter(|d| d.how == How::Plain && d.source.as_ref().is_some_and(|s| found.contains_key(s)))
         .collect();
     if let Some(first) = off_grid.first() {

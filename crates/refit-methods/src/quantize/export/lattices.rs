@@ -107,7 +107,6 @@ fn confirm(model: &ModelInput, name: &str, lattice: Lattice) -> Result<Option<(i
     let piece = (PIECE / lattice.group).max(1) * lattice.group;
     let mut buffer = vec![0.0; piece.min(numel)];
     let mut range = (0, 0);
-    // Packed sources are decoded as a whole, whatever part is asked for.
     for start in (0..numel).step_by(piece) {
         let values = &mut buffer[..piece.min(numel - start)];
         model.artifact.read_f32_into(name, start, values)?;

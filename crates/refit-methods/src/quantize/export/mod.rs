@@ -6,7 +6,7 @@
 //!
 //! | | says exactly | does not say |
 //! |---|---|---|
-//! | GGUF | symmetric codes of up to 8 bits and zero points of up to 4, groups that are multiples of 32 | other groups, zero points of more bits: the source's float type |
+//! | GGUF | codes of up to 8 bits, zero points of up to 7, groups that are multiples of 32 | other groups: the source's float type |
 //! | compressed-tensors | 2 to 8 bits, any group, zero points; several groups in one model | powers of two, codebooks |
 //! | GPTQ | 2, 3, 4, 8 bits, zero points but 0 in version 1; one group and one width for a model | outputs or inputs that are no whole words |
 //! | safetensors | everything, decoded | |

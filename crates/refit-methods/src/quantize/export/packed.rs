@@ -40,7 +40,7 @@ pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Ve
             "{} of {} linears lie on no grid and stay as they are (the first: `{}`)",
             sites.len() - packed.len(),
             sites.len(),
-            first.map_or("", |site| &site.name)
+            first.map_or("", |site| &*site.name)
         ));
     }
     let packing = match export.to {

@@ -46,7 +46,7 @@ impl Proof {
 pub fn prove(model: &ModelInput, out: &Path, decisions: &[Decision], cx: &Context) -> Result<Proof> {
     let written = Artifact::open(out)?;
     written.check_fit()?;
-    let total = decisions.iter().map(|d| 4 * d.shape.iter().product::<usize>() as u64).sum();
+    let total: u64 = decisions.iter().map(|d| 4 * d.shape.iter().product::<usize>() as u64).sum();
     cx.progress.begin("comparing with the source", total, Unit::Bytes);
     let proof = Mutex::new(Proof::default());
     cx.install(|| {
@@ -78,15 +78,10 @@ fn compare(model: &ModelInput, written: &Artifact, decision: &Decision) -> Resul
     };
     let info = model.artifact.tensor(source)?;
     let numel = info.numel();
-    let step = match (model.artifact.packed(), written.packed()) {
-        // Reading a part of a packed matrix reads all of it.
-        (None, None) => PIECE,
-        _ => numel.max(1),
-    };
     let (mut wrong, mut norm) = (0.0, 0.0);
     let mut changed = false;
-    for start in (0..numel).step_by(step) {
-        let count = step.min(numel - start);
+    for start in (0..numel).step_by(PIECE) {
+        let count = PIECE.min(numel - start);
         let mut ours = vec![0.0; count];
         let mut theirs = vec![0.0; count];
         model.artifact.read_f32_into(source, start, &mut ours)?;

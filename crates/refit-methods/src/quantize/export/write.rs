@@ -47,7 +47,7 @@ pub fn all(
             }
             parts.iter().try_for_each(|(name, ..)| emitter.done(name))?;
         }
-        let bytes = parts.iter().filter_map(|(_, shape, dtype)| dtype.bytes_of(shape)).sum();
+        let bytes: u64 = parts.iter().filter_map(|(_, shape, dtype)| dtype.bytes_of(shape)).sum();
         cx.progress.advance(bytes);
         Ok(())
     })
@@ -70,11 +70,7 @@ fn rows(
     let columns = info.numel() / rows;
     let head = naming.and_then(|naming| naming.head_rows(source, rows));
     let unit = head.unwrap_or(1);
-    let step = match artifact.packed() {
-        // Reading a part of a packed matrix reads all of it.
-        Some(_) => rows,
-        None => (PIECE / columns / unit).max(1) * unit,
-    };
+    let step = (PIECE / columns / unit).max(1) * unit;
     let dtype = decision.dtype();
     let row_bytes = info.nbytes as usize / rows;
     for first in (0..rows).step_by(step) {

@@ -12,12 +12,13 @@
 mod bits;
 mod open;
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use crate::convert;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::storage::Entry;
+use crate::storage::{Entry, View};
 
 pub use bits::{code_at, pack_stream, pack_words, per_word};
 pub(crate) use open::{Opened, open};
@@ -108,8 +109,8 @@ impl Packed {
                 }
             }
             Scheme::Gptq { .. } => {
-                let whole = self.codes.info.nbytes as usize;
-                let all = read(&self.codes, 0, whole)?;
+                // A row is a column of words: it lies all over the tensor.
+                let all = whole(&self.codes)?;
                 for i in 0..inputs {
                     for (r, row) in out.chunks_exact_mut(inputs).enumerate() {
                         row[i] = code_at(&all, i, self.bits, outputs, first + r) as f32;
@@ -196,6 +197,15 @@ impl Packed {
             }
         }
         Ok(Some(values))
+    }
+}
+
+/// All bytes of a stored tensor, without copying where the file can be mapped.
+fn whole(entry: &Entry) -> Result<Cow<'_, [u8]>> {
+    let range = entry.offset as usize..(entry.offset + entry.info.nbytes) as usize;
+    match entry.source.map().and_then(|map| map.get(range)) {
+        Some(bytes) if matches!(entry.view, View::Plain) => Ok(Cow::Borrowed(bytes)),
+        _ => read(entry, 0, entry.info.nbytes as usize).map(Cow::Owned),
     }
 }
 
