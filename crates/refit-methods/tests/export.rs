@@ -91,7 +91,8 @@ fn a_packed_directory_is_a_source_like_any_other() {
     let dir = tempfile::tempdir().unwrap();
     let source = quantized(dir.path(), DType::F32, "rtn", json!({"bits": 4, "group": 32}));
     let mut from = source.clone();
-    for (at, to) in ["gptq", "compressed-tensors", "gguf", "gptq", "safetensors"].iter().enumerate() {
+    for (at, to) in ["gptq", "compressed-tensors", "gguf", "gptq", "safetensors"].iter().enumerate()
+    {
         let out = dir.path().join(format!("{at}"));
         let output = export(&from, &out, json!({ "to": to })).unwrap();
         assert_eq!(output.report["tensors_rounded"], json!(0));
@@ -221,7 +222,11 @@ fn mixed_groups_become_several_configuration_groups_or_one_group() {
     let groups = config["quantization_config"]["config_groups"].as_object().unwrap();
     assert!(groups.len() >= sizes);
     let planned = plan("export", json!({"to": "gptq"}), &inputs(&[&source])).unwrap();
-    assert!(planned.notes.iter().any(|note| note.contains("one group size")), "{:?}", planned.notes);
+    assert!(
+        planned.notes.iter().any(|note| note.contains("one group size")),
+        "{:?}",
+        planned.notes
+    );
 }
 
 #[test]
@@ -240,7 +245,15 @@ fn the_tokenizer_of_a_directory_comes_back_from_gguf() {
     }
     assert_eq!(before_json["pre_tokenizer"], after_json["pre_tokenizer"]);
     assert_eq!(before_json["added_tokens"], after_json["added_tokens"]);
-    for key in ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "bos_token_id", "eos_token_id"] {
+    for key in [
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "bos_token_id",
+        "eos_token_id",
+    ] {
         assert_eq!(before.config().usize(key), after.config().usize(key), "{key}");
     }
     assert_eq!(after.config().f64("rope_theta"), Some(10000.0));

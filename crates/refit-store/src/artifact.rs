@@ -311,7 +311,9 @@ impl Artifact {
             if self.packed.is_some() {
                 // What is read from here is decoded: the settings of the codes would be wrong beside it.
                 let mut config = self.config.raw().clone();
-                config.retain(|key, _| !matches!(key.as_str(), "quantization_config" | "compression_config"));
+                config.retain(|key, _| {
+                    !matches!(key.as_str(), "quantization_config" | "compression_config")
+                });
                 files.retain(|file| !matches!(&*file.name, "config.json" | "quantize_config.json"));
                 files.push(SideFile::from_bytes("config.json", Config::new(config).to_json()));
             }

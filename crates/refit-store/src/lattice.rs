@@ -76,7 +76,8 @@ impl Lattice {
 
     /// One group: tries every code that its largest weight may have, largest first.
     fn find_group(&self, group: &[f32], dtype: DType, codes: &mut [i16]) -> Option<f32> {
-        let largest = group.iter().fold(0f32, |most, &x| if x.abs() > most.abs() { x } else { most });
+        let largest =
+            group.iter().fold(0f32, |most, &x| if x.abs() > most.abs() { x } else { most });
         if !largest.is_finite() || group.iter().any(|x| x.is_nan()) {
             return None;
         }
@@ -225,7 +226,9 @@ mod tests {
         // Eight bits hold what four do not.
         let wide = Lattice { bits: 8, ..lattice };
         let (values, _) = weights(wide, 9, 1);
-        assert!(wide.find(&values, DType::F32).is_ok() && lattice.find(&values, DType::F32).is_err());
+        assert!(
+            wide.find(&values, DType::F32).is_ok() && lattice.find(&values, DType::F32).is_err()
+        );
         assert_eq!(lattice.find(&[0.0; 32], DType::BF16).unwrap().steps, [1.0]);
     }
 

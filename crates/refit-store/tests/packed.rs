@@ -48,49 +48,55 @@ fn compressed(bits: u8, symmetric: bool, group: Value) -> Value {
     })
 }
 
+/// Codes of three bits run on from word to word; older files have ten to a word.
 #[test]
-fn three_bit_words_leave_two_bits_unused() {
-    // Twelve inputs of three bits: ten in the first word. Code k of row r is (k + r) % 8, minus 4.
+fn three_bits_are_read_in_both_packings() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("m");
-    let row = |r: u32| {
-        let mut pair = [0u32; 2];
-        for k in 0..12u32 {
-            pair[k as usize / 10] |= ((k + r) % 8) << (3 * (k % 10));
-        }
-        pair
-    };
-    let packed = [row(0), row(1)].concat();
-    let parts: Vec<Part> = vec![
-        ("a.q_proj.weight_packed", DType::I32, vec![2, 2], words(&packed)),
-        ("a.q_proj.weight_scale", DType::F16, vec![2, 3], halves(&[0.5, 1.0, 2.0, 0.25, 4.0, 8.0])),
-        ("a.q_proj.weight_shape", DType::I64, vec![2], [2i64, 12].map(i64::to_le_bytes).concat()),
-        ("a.norm.weight", DType::F32, vec![2], words(&[0, 0])),
-    ];
-    write(&path, &parts, compressed(3, true, json!(4)));
-    let artifact = Artifact::open(&path).unwrap();
-    assert_eq!(artifact.packed(), Some("compressed-tensors"));
-    let names: Vec<&str> = artifact.tensors().iter().map(|info| &*info.name).collect();
-    assert_eq!(names, ["a.norm.weight", "a.q_proj.weight"]);
-    let scales = [[0.5, 1.0, 2.0], [0.25, 4.0, 8.0]];
-    let expected: Vec<f32> = (0..24)
-        .map(|at| {
-            let (r, k) = (at / 12, at % 12);
-            (((k + r) % 8) as f32 - 4.0) * scales[r][k / 4]
-        })
+    // Two rows of 64 inputs in groups of 32; code k of row r is (5 k + r) % 8, minus 4.
+    let code = |r: usize, k: usize| ((5 * k + r) % 8) as u32;
+    let scales = [[0.5, 2.0], [0.25, 8.0]];
+    let expected: Vec<f32> = (0..128)
+        .map(|at| (code(at / 64, at % 64) as f32 - 4.0) * scales[at / 64][at % 64 / 32])
         .collect();
-    assert_eq!(artifact.read_f32("a.q_proj.weight").unwrap(), expected);
-    let mut part = [0.0; 9];
-    artifact.read_f32_into("a.q_proj.weight", 7, &mut part).unwrap();
-    assert_eq!(part, expected[7..16]);
-    let lattice = artifact.stored_lattice("a.q_proj.weight").unwrap();
-    assert_eq!(lattice, Some(Lattice { bits: 3, symmetric: true, group: 4 }));
-    assert_eq!(artifact.stored_bytes("a.q_proj.weight").unwrap(), 16 + 12);
-    // What is passed on describes decoded weights.
-    let config = artifact.side_files().iter().find(|file| file.name == "config.json").unwrap();
-    assert!(!String::from_utf8(config.read().unwrap()).unwrap().contains("quantization_config"));
-    assert_eq!(artifact.file_hashes().unwrap().len(), 2);
-    assert!(artifact.shared_bytes("a.q_proj.weight").is_none());
+    for (name, words) in [("dense", 6), ("sparse", 7)] {
+        let path = dir.path().join(name);
+        let mut packed = vec![0u32; 2 * words];
+        for r in 0..2 {
+            for k in 0..64 {
+                let bit = if words == 6 { 3 * k } else { k / 10 * 32 + 3 * (k % 10) };
+                let wide = u64::from(code(r, k)) << (bit % 32);
+                packed[r * words + bit / 32] |= wide as u32;
+                if wide >> 32 > 0 {
+                    packed[r * words + bit / 32 + 1] |= (wide >> 32) as u32;
+                }
+            }
+        }
+        let listed = [2i64, 64].map(i64::to_le_bytes).concat();
+        let parts: Vec<Part> = vec![
+            ("a.q_proj.weight_packed", DType::I32, vec![2, words], self::words(&packed)),
+            ("a.q_proj.weight_scale", DType::F16, vec![2, 2], halves(&scales.concat())),
+            ("a.q_proj.weight_shape", DType::I64, vec![2], listed),
+            ("a.norm.weight", DType::F32, vec![2], self::words(&[0, 0])),
+        ];
+        write(&path, &parts, compressed(3, true, json!(32)));
+        let artifact = Artifact::open(&path).unwrap();
+        assert_eq!(artifact.packed(), Some("compressed-tensors"));
+        let names: Vec<&str> = artifact.tensors().iter().map(|info| &*info.name).collect();
+        assert_eq!(names, ["a.norm.weight", "a.q_proj.weight"]);
+        assert_eq!(artifact.read_f32("a.q_proj.weight").unwrap(), expected, "{name}");
+        let mut part = [0.0; 70];
+        artifact.read_f32_into("a.q_proj.weight", 17, &mut part).unwrap();
+        assert_eq!(part, expected[17..87]);
+        let lattice = artifact.stored_lattice("a.q_proj.weight").unwrap();
+        assert_eq!(lattice, Some(Lattice { bits: 3, symmetric: true, group: 32 }));
+        let stored = artifact.stored_bytes("a.q_proj.weight").unwrap();
+        assert_eq!(stored, 8 * words as u64 + 8);
+        // What is passed on describes decoded weights.
+        let config = artifact.side_files().iter().find(|file| file.name == "config.json").unwrap();
+        let config = String::from_utf8(config.read().unwrap()).unwrap();
+        assert!(!config.contains("quantization_config"));
+        assert!(artifact.shared_bytes("a.q_proj.weight").is_none());
+    }
 }
 
 #[test]
@@ -160,7 +166,7 @@ fn parts_that_do_not_fit_are_named() {
     let cases: [(Vec<Part>, Value, &str); 5] = [
         (vec![packed(), scale()], settings(), "weight_shape"),
         (vec![scale(), listed()], settings(), "`weight` is missing"),
-        (vec![packed(), scale(), listed()], compressed(4, true, json!(4)), "weight_packed"),
+        (vec![packed(), scale(), listed()], compressed(8, true, json!(4)), "weight_packed"),
         (vec![packed(), scale(), listed()], compressed(3, true, json!(6)), "3 groups"),
         (vec![packed(), scale(), listed()], compressed(3, false, json!(4)), "weight_zero_point"),
     ];

@@ -168,7 +168,9 @@ fn check_type(is_gguf: bool, name: &str, dtype: DType) -> Result<(), String> {
     /// Longest name that llama.cpp reads.
     const LONGEST: usize = 63;
     if is_gguf && name.len() > LONGEST {
-        return Err(format!("tensor `{name}`: GGUF's readers take names of {LONGEST} bytes at most"));
+        return Err(format!(
+            "tensor `{name}`: GGUF's readers take names of {LONGEST} bytes at most"
+        ));
     }
     let (container, known) = match is_gguf {
         true => ("GGUF", gguf::type_id(dtype).is_some()),
@@ -176,7 +178,9 @@ fn check_type(is_gguf: bool, name: &str, dtype: DType) -> Result<(), String> {
     };
     match known {
         true => Ok(()),
-        false => Err(format!("tensor `{name}`: {container} has no type {dtype}; choose another one")),
+        false => {
+            Err(format!("tensor `{name}`: {container} has no type {dtype}; choose another one"))
+        }
     }
 }
 
@@ -232,11 +236,7 @@ fn place(
 }
 
 /// Lays out a GGUF file: tensors in name order, each at a multiple of the alignment.
-fn place_gguf(
-    fields: &Fields,
-    slots: &mut [Slot],
-    shapes: &HashMap<&str, &Vec<usize>>,
-) -> Shard {
+fn place_gguf(fields: &Fields, slots: &mut [Slot], shapes: &HashMap<&str, &Vec<usize>>) -> Shard {
     let mut end = 0u64;
     for slot in slots.iter_mut() {
         slot.offset = end;

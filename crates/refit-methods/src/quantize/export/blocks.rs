@@ -34,7 +34,8 @@ pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Ve
     let mut fallbacks: BTreeMap<(String, String, usize), usize> = BTreeMap::new();
     for info in artifact.tensors() {
         if info.name.ends_with("rotary_emb.inv_freq") || info.name.ends_with(".attn.bias") {
-            plan.notes.push(format!("`{}` follows from the configuration and is left out", info.name));
+            plan.notes
+                .push(format!("`{}` follows from the configuration and is left out", info.name));
             continue;
         }
         if tied && info.name == "lm_head.weight" {
@@ -111,8 +112,10 @@ fn matrix(
         if let DType::Ggml(_) = info.dtype {
             return (info.dtype, How::Raw);
         }
-        let mut holding: Vec<GgmlType> =
-            WRITABLE.into_iter().filter(|&ggml| ggml != GgmlType::TQ1_0 && exact(ggml).is_some()).collect();
+        let mut holding: Vec<GgmlType> = WRITABLE
+            .into_iter()
+            .filter(|&ggml| ggml != GgmlType::TQ1_0 && exact(ggml).is_some())
+            .collect();
         holding.sort_by(|a, b| bits_of(*a).total_cmp(&bits_of(*b)));
         return match holding.first() {
             Some(&ggml) => (DType::Ggml(ggml), exact(ggml).unwrap_or(How::Plain)),

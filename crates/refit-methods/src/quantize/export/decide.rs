@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use refit_store::DType;
-use refit_store::formats::packed::per_word;
+use refit_store::formats::packed::words_of;
 use refit_store::lattice::Lattice;
 use serde::{Deserialize, Serialize};
 
@@ -82,18 +82,20 @@ impl Decision {
             return vec![(self.name.clone(), self.shape.clone(), self.dtype())];
         };
         let (out, inputs) = (self.shape[0], self.shape[1]);
-        let (groups, bits) = (inputs / lattice.group, usize::from(lattice.bits));
-        let part = |name: &str, shape: &[usize], dtype| (format!("{}.{name}", self.name), shape.to_vec(), dtype);
-        let per = per_word(lattice.bits);
+        let groups = inputs / lattice.group;
+        let part = |name: &str, shape: &[usize], dtype| {
+            (format!("{}.{name}", self.name), shape.to_vec(), dtype)
+        };
+        let words = |codes: usize| words_of(codes, lattice.bits);
         match parts {
             Parts::Words => {
                 let mut all = vec![
-                    part("weight_packed", &[out, inputs.div_ceil(per)], DType::I32),
+                    part("weight_packed", &[out, words(inputs)], DType::I32),
                     part("weight_scale", &[out, groups], self.dtype()),
                     part("weight_shape", &[2], DType::I64),
                 ];
                 if !lattice.symmetric {
-                    all.push(part("weight_zero_point", &[out.div_ceil(per), groups], DType::I32));
+                    all.push(part("weight_zero_point", &[words(out), groups], DType::I32));
                 }
                 all
             }
@@ -108,8 +110,8 @@ impl Decision {
                 all
             }
             Parts::Gptq => vec![
-                part("qweight", &[inputs * bits / 32, out], DType::I32),
-                part("qzeros", &[groups, out * bits / 32], DType::I32),
+                part("qweight", &[words(inputs), out], DType::I32),
+                part("qzeros", &[groups, words(out)], DType::I32),
                 part("scales", &[groups, out], self.dtype()),
                 part("g_idx", &[inputs], DType::I32),
             ],
@@ -158,11 +160,17 @@ pub fn describe(decisions: &[Decision], plan: &mut Plan) {
             (How::Raw, _) => format!("copy the {} blocks", decision.dtype),
             (How::Plain, _) => format!("write as {}", decision.dtype),
             (How::Codes(lattice), None) => {
-                format!("say the codes of a {}-bit grid per {} as {}", lattice.bits, lattice.group, decision.dtype)
+                format!(
+                    "say the codes of a {}-bit grid per {} as {}",
+                    lattice.bits, lattice.group, decision.dtype
+                )
             }
             (How::Codes(_), Some(Packing { lattice, .. })) => {
                 let kind = if lattice.symmetric { "symmetric" } else { "asymmetric" };
-                format!("pack the codes of a {kind} {}-bit grid per {}", lattice.bits, lattice.group)
+                format!(
+                    "pack the codes of a {kind} {}-bit grid per {}",
+                    lattice.bits, lattice.group
+                )
             }
             (How::Quantize, _) => format!("quantize to {} (values change)", decision.dtype),
             (How::Made(_), _) => format!("make `{}`", decision.name),

@@ -201,14 +201,19 @@ impl Export {
         let conflict = |problem: String| Err(Error::Conflict { method: NAME, problem });
         let to = serde_json::to_value(self.to).unwrap_or_default();
         let only = |flag: &str, format: &str| {
-            conflict(format!("{flag} belongs to --to {format}, not to --to {}", to.as_str().unwrap_or_default()))
+            conflict(format!(
+                "{flag} belongs to --to {format}, not to --to {}",
+                to.as_str().unwrap_or_default()
+            ))
         };
         let typed = self.r#type.0;
         match self.to {
             Target::Gguf => {}
             Target::Safetensors => {
                 if let Some(dtype @ DType::Ggml(_)) = typed {
-                    return conflict(format!("safetensors has no type {dtype}; take F32, F16 or BF16, or --to gguf"));
+                    return conflict(format!(
+                        "safetensors has no type {dtype}; take F32, F16 or BF16, or --to gguf"
+                    ));
                 }
             }
             _ if typed.is_some() => return only("--type", "gguf or safetensors"),
@@ -278,7 +283,13 @@ impl Method for Export {
                     How::Quantize => Action::Transform,
                     _ => Action::Copy,
                 };
-                plan.tensors.push(PlannedTensor { name, shape, dtype: dtype.to_string(), bytes, action });
+                plan.tensors.push(PlannedTensor {
+                    name,
+                    shape,
+                    dtype: dtype.to_string(),
+                    bytes,
+                    action,
+                });
             }
         }
         plan.tensors.sort_by(|a, b| a.name.cmp(&b.name));
@@ -301,7 +312,9 @@ impl Method for Export {
             .map_err(|source| Error::Parameters { method: NAME, source })?;
         let changed = decisions.iter().any(|decision| matches!(decision.how, How::Quantize));
         let (gguf, side_files) = match self.to {
-            Target::Gguf => (Some(blocks::fields(self, model, &decisions)?), blocks::side_files(model)),
+            Target::Gguf => {
+                (Some(blocks::fields(self, model, &decisions)?), blocks::side_files(model))
+            }
             Target::Safetensors => (None, model.artifact.side_files().to_vec()),
             _ => (None, packed::side_files(self, model, &decisions)?),
         };
@@ -367,7 +380,10 @@ mod tests {
                 Export { to: Target::Gptq, embedding_type: typed, ..Export::default() },
                 "--embedding-type",
             ),
-            (Export { to: Target::Gptq, no_tokenizer: true, ..Export::default() }, "--no-tokenizer"),
+            (
+                Export { to: Target::Gptq, no_tokenizer: true, ..Export::default() },
+                "--no-tokenizer",
+            ),
         ] {
             let error = export.check().unwrap_err().to_string();
             assert!(error.contains(word), "{error}");

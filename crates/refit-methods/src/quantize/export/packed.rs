@@ -112,9 +112,8 @@ fn gptq(
     let whole_rows = packed.iter().all(|(site, found)| found.lattice.group == shape_of(site).1);
     let common = packed.iter().fold(0, |common, (_, found)| gcd(common, found.lattice.group));
     let middle = 1i16 << (bits - 1);
-    let symmetric = packed
-        .iter()
-        .all(|(_, found)| -middle <= found.range.0 && found.range.1 < middle);
+    let symmetric =
+        packed.iter().all(|(_, found)| -middle <= found.range.0 && found.range.1 < middle);
     let mut packings = Packings::new();
     let mut finer = 0;
     for (site, found) in packed {
@@ -160,7 +159,11 @@ fn gcd(a: usize, b: usize) -> usize {
 ///
 /// # Errors
 /// None in practice: plain data always serializes.
-pub fn side_files(export: &Export, model: &ModelInput, decisions: &[Decision]) -> Result<Vec<SideFile>> {
+pub fn side_files(
+    export: &Export,
+    model: &ModelInput,
+    decisions: &[Decision],
+) -> Result<Vec<SideFile>> {
     let mut files = model.artifact.side_files().to_vec();
     let settings = match export.to {
         Target::Gptq => gptq_settings(export, decisions),
@@ -187,7 +190,8 @@ fn gptq_settings(export: &Export, decisions: &[Decision]) -> Value {
     let whole_rows = decisions
         .iter()
         .all(|d| d.packed.is_none_or(|packing| packing.lattice.group == d.shape[1]));
-    let group = if whole_rows { -1 } else { decision.packed.map_or(-1, |p| p.lattice.group as i64) };
+    let group =
+        if whole_rows { -1 } else { decision.packed.map_or(-1, |p| p.lattice.group as i64) };
     json!({
         "quant_method": "gptq",
         "bits": bits,

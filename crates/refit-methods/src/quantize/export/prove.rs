@@ -43,7 +43,12 @@ impl Proof {
 ///
 /// # Errors
 /// [`Error::Tensor`] for the first tensor that does not say what the source says, and whatever opening and reading meet.
-pub fn prove(model: &ModelInput, out: &Path, decisions: &[Decision], cx: &Context) -> Result<Proof> {
+pub fn prove(
+    model: &ModelInput,
+    out: &Path,
+    decisions: &[Decision],
+    cx: &Context,
+) -> Result<Proof> {
     let written = Artifact::open(out)?;
     written.check_fit()?;
     let total: u64 = decisions.iter().map(|d| 4 * d.shape.iter().product::<usize>() as u64).sum();

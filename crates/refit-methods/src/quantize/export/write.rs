@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use refit_store::DType;
 use refit_store::formats::gguf::{self, write::Naming};
-use refit_store::formats::packed::{pack_stream, pack_words, per_word};
+use refit_store::formats::packed::pack_stream;
 use refit_store::lattice::{Codes, Lattice};
 
 use super::decide::{Decision, How, Packing, Parts};
@@ -37,7 +37,9 @@ pub fn all(
         let parts = decision.parts();
         if !parts.iter().all(|(name, ..)| emitter.is_done(name)) {
             match (&decision.packed, &decision.source) {
-                (Some(packing), Some(source)) => packed(export, model, decision, source, *packing, emitter)?,
+                (Some(packing), Some(source)) => {
+                    packed(export, model, decision, source, *packing, emitter)?
+                }
                 (None, Some(source)) => rows(model, decision, source, naming.as_ref(), emitter)?,
                 (_, None) => {
                     if let How::Made(values) = &decision.how {
@@ -133,7 +135,9 @@ fn say(dtype: DType, found: &Codes, group: usize) -> Vec<u8> {
     let DType::Ggml(ggml) = dtype else { unreachable!("invariant: only block types hold codes") };
     let (len, size) = (ggml.block_len(), ggml.block_bytes());
     let mut bytes = vec![0; found.codes.len() / len * size];
-    for (at, (codes, block)) in found.codes.chunks_exact(len).zip(bytes.chunks_exact_mut(size)).enumerate() {
+    for (at, (codes, block)) in
+        found.codes.chunks_exact(len).zip(bytes.chunks_exact_mut(size)).enumerate()
+    {
         gguf::exact(ggml, codes, found.steps[at * len / group], block);
     }
     bytes
@@ -155,7 +159,9 @@ fn packed(
     let found = codes(model, source, &values, own, dtype)?;
     drop(values);
     let table = Table::new(&found, own.group, lattice, [decision.shape[0], decision.shape[1]]);
-    let put = |part: &str, bytes: &[u8]| emitter.write_raw(&format!("{}.{part}", decision.name), 0, bytes);
+    let put = |part: &str, bytes: &[u8]| {
+        emitter.write_raw(&format!("{}.{part}", decision.name), 0, bytes)
+    };
     match parts {
         Parts::Words => {
             put("weight_packed", &table.words())?;
@@ -231,25 +237,30 @@ impl Table {
         }
     }
 
+    /// `[out, in bits/32]`: every output is a row of words.
     fn words(&self) -> Vec<u8> {
-        let mut out = Vec::new();
-        for row in self.stored.chunks_exact(self.shape[1]) {
-            pack_words(row.iter().map(|&code| u32::from(code)), self.bits, &mut out);
-        }
-        out
+        let rows = self.stored.chunks_exact(self.shape[1]);
+        rows.flat_map(|row| pack_stream(row.iter().map(|&code| u32::from(code)), self.bits))
+            .flat_map(u32::to_le_bytes)
+            .collect()
     }
 
-    /// Zero points of consecutive outputs share a word.
+    /// `[out bits/32, groups]`: the zero points of a group are a column of words.
     fn zero_words(&self) -> Vec<u8> {
-        let per = per_word(self.bits);
-        let mut out = Vec::new();
-        for rows in self.zeros.chunks(per * self.groups) {
-            for group in 0..self.groups {
-                let zeros = rows.iter().skip(group).step_by(self.groups);
-                pack_words(zeros.map(|&zero| u32::from(zero)), self.bits, &mut out);
-            }
-        }
-        out
+        let columns: Vec<Vec<u32>> =
+            (0..self.groups).map(|group| self.zero_stream(group, 0)).collect();
+        let words = columns.first().map_or(0, Vec::len);
+        (0..words)
+            .flat_map(|word| columns.iter().map(move |column| column[word]))
+            .flat_map(u32::to_le_bytes)
+            .collect()
+    }
+
+    /// The zero points of one group of all outputs, less a number, as a stream.
+    fn zero_stream(&self, group: usize, less: u32) -> Vec<u32> {
+        let mask = (1u32 << self.bits) - 1;
+        let zeros = self.zeros.iter().skip(group).step_by(self.groups);
+        pack_stream(zeros.map(|&zero| u32::from(zero).wrapping_sub(less) & mask), self.bits)
     }
 
     /// Codes around 0, as signed bytes.
@@ -279,12 +290,8 @@ impl Table {
 
     /// `[groups, out bits/32]`.
     fn zero_columns(&self, less_one: bool) -> Vec<u8> {
-        let mask = (1u32 << self.bits) - 1;
-        let stored = |&zero: &u8| u32::from(zero).wrapping_sub(u32::from(less_one)) & mask;
         (0..self.groups)
-            .flat_map(|group| {
-                pack_stream(self.zeros.iter().skip(group).step_by(self.groups).map(stored), self.bits)
-            })
+            .flat_map(|group| self.zero_stream(group, u32::from(less_one)))
             .flat_map(u32::to_le_bytes)
             .collect()
     }

@@ -12,8 +12,8 @@ pub mod write;
 use std::path::Path;
 
 pub use dequantize::dequantize;
-pub use quantize::{WRITABLE, exact, holds, quantize};
 pub use header::{Header, Numbers, Strings, Tensor, Value, parse};
+pub use quantize::{WRITABLE, exact, holds, quantize};
 pub(crate) use tokenizer::{generation_config, tokenizer_config, tokenizer_json};
 pub use types::GgmlType;
 

@@ -95,7 +95,10 @@ pub(crate) fn name_of_cut(tokenizer: &Json) -> Option<&'static str> {
             Json::Object(map) => {
                 let kept = map.iter().filter(|(key, value)| {
                     // `use_regex` and `invert` stand where they were written out.
-                    !matches!((key.as_str(), value), ("trim_offsets", _) | ("use_regex", Json::Bool(true)))
+                    !matches!(
+                        (key.as_str(), value),
+                        ("trim_offsets", _) | ("use_regex", Json::Bool(true))
+                    )
                 });
                 kept.map(|(key, value)| (key.clone(), plain(value))).collect::<Map<_, _>>().into()
             }

@@ -2,12 +2,13 @@
 //!
 //! | | tensors of a linear `X` `[out, in]` | a weight |
 //! |---|---|---|
-//! | compressed-tensors, `pack-quantized` | `X.weight_packed` i32 `[out, ceil(in/p)]`, `p = floor(32/bits)`; `X.weight_scale` `[out, groups]`; `X.weight_zero_point` i32 `[ceil(out/p), groups]`, packed along `out`; `X.weight_shape` | `(q - z) s`; codes and zero points stored plus `2^(bits-1)` |
+//! | compressed-tensors, `pack-quantized` | `X.weight_packed` i32 `[out, ceil(in bits/32)]`; `X.weight_scale` `[out, groups]`; `X.weight_zero_point` i32 `[ceil(out bits/32), groups]`, packed along `out`; `X.weight_shape` | `(q - z) s`; codes and zero points stored plus `2^(bits-1)` |
 //! | compressed-tensors, `int-quantized` | `X.weight` i8, `X.weight_scale`, `X.weight_zero_point` i8 | `(q - z) s` |
 //! | GPTQ | `X.qweight` i32 `[in bits/32, out]`, packed along `in`; `X.qzeros` i32 `[groups, out bits/32]`; `X.scales` f16 `[groups, out]`; `X.g_idx` i32 `[in]` | `(q - z) s`; version 1 stores `z - 1` |
 //!
-//! compressed-tensors leaves the bits of a word that hold no whole code unused; GPTQ's 3-bit codes run on from word to
-//! word, 32 in three words. Opening presents every such linear as one `F32` tensor `X.weight`, decoded when it is read.
+//! Codes are streams of bits that run on from word to word: 32 codes of 3 bits are three words. Older releases of
+//! compressed-tensors leave the bits of a word unused that hold no whole code (10 codes of 3 bits); both are read, told apart by the
+//! number of words. Opening presents every such linear as one `F32` tensor `X.weight`, decoded when it is read.
 
 mod bits;
 mod open;
@@ -20,14 +21,14 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::storage::{Entry, View};
 
-pub use bits::{code_at, pack_stream, pack_words, per_word};
+pub use bits::{code_at, pack_stream, words_of};
 pub(crate) use open::{Opened, open};
 
 /// How the codes of a linear are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scheme {
-    /// Words along `in`, a whole number of codes each.
-    PackQuantized,
+    /// Words along `in`: streams of bits, or (not `dense`) a whole number of codes to each.
+    PackQuantized { dense: bool },
     /// One signed byte a code.
     IntQuantized,
     /// A stream of bits along `in`, one column of words per output. `less_one`: zero points are stored minus 1.
@@ -93,12 +94,16 @@ impl Packed {
         let offset = 1i32 << (self.bits - 1);
         // Codes as they are stored; the offset of a symmetric grid is its zero point.
         match self.scheme {
-            Scheme::PackQuantized => {
-                let words = inputs.div_ceil(per_word(self.bits));
+            Scheme::PackQuantized { dense } => {
+                let words = self.codes.info.shape[1];
                 let bytes = read(&self.codes, first * words * 4, rows * words * 4)?;
-                for (row, words) in out.chunks_exact_mut(inputs).zip(bytes.chunks_exact(words * 4)) {
+                for (row, words) in out.chunks_exact_mut(inputs).zip(bytes.chunks_exact(words * 4))
+                {
                     for (i, x) in row.iter_mut().enumerate() {
-                        *x = bits::word_code(words, i, self.bits) as f32;
+                        *x = match dense {
+                            true => code_at(words, i, self.bits, 1, 0),
+                            false => bits::word_code(words, i, self.bits),
+                        } as f32;
                     }
                 }
             }
@@ -170,15 +175,20 @@ impl Packed {
                 let offset = f32::from(1u8 << (self.bits - 1));
                 values.iter_mut().for_each(|z| *z += offset);
             }
-            Scheme::PackQuantized => {
-                let per = per_word(self.bits);
-                let (from, to) = (first / per, (first + rows).div_ceil(per));
-                let words = read(zeros, from * groups * 4, (to - from) * groups * 4)?;
+            Scheme::PackQuantized { dense } => {
+                let all = whole(zeros)?;
+                let per = bits::per_word(self.bits);
                 for r in 0..rows {
-                    let (word, place) = ((first + r) / per - from, (first + r) % per);
                     for group in 0..groups {
-                        let word = &words[(word * groups + group) * 4..][..4];
-                        values[r * groups + group] = bits::word_code(word, place, self.bits) as f32;
+                        let place = first + r;
+                        let zero = match dense {
+                            true => code_at(&all, place, self.bits, groups, group),
+                            false => {
+                                let word = &all[(place / per * groups + group) * 4..][..4];
+                                bits::word_code(word, place % per, self.bits)
+                            }
+                        };
+                        values[r * groups + group] = zero as f32;
                     }
                 }
             }

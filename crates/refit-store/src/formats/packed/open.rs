@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use serde_json::Value as Json;
 
-use super::{Packed, Scheme, integers, per_word};
+use super::bits::per_word;
+use super::{Packed, Scheme, integers, words_of};
 use crate::adapter::pattern::Pattern;
 use crate::artifact::TensorInfo;
 use crate::config::Config;
@@ -94,9 +95,9 @@ impl From<Error> for Fail {
 
 /// Takes the part of a linear that must be there.
 fn take(parts: &mut HashMap<String, Entry>, stem: &str, part: &str) -> Result<Entry, Fail> {
-    parts
-        .remove(&format!("{stem}.{part}"))
-        .ok_or_else(|| Fail::Rule(format!("its part `{part}` is missing; download the model again")))
+    parts.remove(&format!("{stem}.{part}")).ok_or_else(|| {
+        Fail::Rule(format!("its part `{part}` is missing; download the model again"))
+    })
 }
 
 /// Checks a part's type and shape.
@@ -116,7 +117,12 @@ fn check(entry: &Entry, dtypes: &[DType], shape: &[usize]) -> Result<(), Fail> {
 }
 
 /// The group of every input where it is not `i / group`.
-fn order(entry: Option<Entry>, group: usize, inputs: usize, groups: usize) -> Result<Option<Arc<[u32]>>, Fail> {
+fn order(
+    entry: Option<Entry>,
+    group: usize,
+    inputs: usize,
+    groups: usize,
+) -> Result<Option<Arc<[u32]>>, Fail> {
     let Some(entry) = entry else { return Ok(None) };
     check(&entry, &[DType::I32, DType::I64], &[inputs])?;
     let listed = integers(&entry)?;
@@ -124,17 +130,25 @@ fn order(entry: Option<Entry>, group: usize, inputs: usize, groups: usize) -> Re
         return Ok(None);
     }
     match listed.iter().find(|&&g| g < 0 || g >= groups as i64) {
-        Some(wrong) => Err(Fail::Rule(format!("`g_idx` names group {wrong}, but there are {groups}"))),
+        Some(wrong) => {
+            Err(Fail::Rule(format!("`g_idx` names group {wrong}, but there are {groups}")))
+        }
         None => Ok(Some(listed.into_iter().map(|g| g as u32).collect())),
     }
 }
 
 const SCALES: [DType; 3] = [DType::F16, DType::BF16, DType::F32];
 
-fn compressed(stem: &str, settings: &Json, parts: &mut HashMap<String, Entry>) -> Result<Packed, Fail> {
+fn compressed(
+    stem: &str,
+    settings: &Json,
+    parts: &mut HashMap<String, Entry>,
+) -> Result<Packed, Fail> {
     let weights = settings_of(stem, settings)?;
     let bits = weights["num_bits"].as_u64().filter(|bits| (2..=8).contains(bits));
-    let bits = bits.ok_or_else(|| format!("`num_bits` is {}, refit reads 2 to 8", weights["num_bits"]))? as u8;
+    let bits = bits
+        .ok_or_else(|| format!("`num_bits` is {}, refit reads 2 to 8", weights["num_bits"]))?
+        as u8;
     if let Some(kind) = weights["type"].as_str().filter(|kind| *kind != "int") {
         return Err(Fail::Rule(format!("its codes are `{kind}`; refit reads `int`")));
     }
@@ -149,8 +163,11 @@ fn compressed(stem: &str, settings: &Json, parts: &mut HashMap<String, Entry>) -
             let (Some(outputs), Some(inputs)) = (size(outputs), size(inputs)) else {
                 return Err(Fail::Rule(format!("`weight_shape` is {listed:?}")));
             };
-            check(&codes, &[DType::I32], &[outputs, inputs.div_ceil(per_word(bits))])?;
-            (Scheme::PackQuantized, codes, [outputs, inputs])
+            let sparse = [outputs, inputs.div_ceil(per_word(bits))];
+            let dense = [outputs, words_of(inputs, bits)];
+            let older = sparse != dense && codes.info.shape == sparse;
+            check(&codes, &[DType::I32], if older { &sparse } else { &dense })?;
+            (Scheme::PackQuantized { dense: !older }, codes, [outputs, inputs])
         }
         None => {
             let codes = take(parts, stem, "weight")?;
@@ -193,8 +210,10 @@ fn compressed(stem: &str, settings: &Json, parts: &mut HashMap<String, Entry>) -
     }
     if let Some(zeros) = &zeros {
         match scheme {
-            Scheme::PackQuantized => {
-                check(zeros, &[DType::I32], &[outputs.div_ceil(per_word(bits)), groups])?;
+            Scheme::PackQuantized { dense } => {
+                let words =
+                    if dense { words_of(outputs, bits) } else { outputs.div_ceil(per_word(bits)) };
+                check(zeros, &[DType::I32], &[words, groups])?;
             }
             _ => check(zeros, &[DType::I8], &zeros.info.shape.clone())?,
         }
@@ -210,7 +229,9 @@ fn compressed(stem: &str, settings: &Json, parts: &mut HashMap<String, Entry>) -
 fn settings_of<'a>(stem: &str, settings: &'a Json) -> Result<&'a Json, Fail> {
     let groups = settings["config_groups"].as_object();
     let groups: Vec<&Json> = groups.into_iter().flatten().map(|(_, group)| group).collect();
-    let targets = |group: &'a Json| group["targets"].as_array().into_iter().flatten().filter_map(Json::as_str);
+    let targets = |group: &'a Json| {
+        group["targets"].as_array().into_iter().flatten().filter_map(Json::as_str)
+    };
     let named = |target: &str| {
         target == stem
             || target.strip_prefix("re:").is_some_and(|pattern| {
@@ -240,13 +261,17 @@ fn gptq(stem: &str, settings: &Json, parts: &mut HashMap<String, Entry>) -> Resu
         _ => listed,
     };
     let bits = bits.filter(|bits| [2, 3, 4, 8].contains(bits));
-    let bits = bits.ok_or_else(|| format!("`bits` is {}; refit reads 2, 3, 4 and 8", settings["bits"]))? as u8;
+    let bits = bits
+        .ok_or_else(|| format!("`bits` is {}; refit reads 2, 3, 4 and 8", settings["bits"]))?
+        as u8;
     let inputs = words * 32 / usize::from(bits);
     let [groups, _] = scales.info.shape[..] else {
         return Err(Fail::Rule(format!("`scales` is {:?}, no matrix", scales.info.shape)));
     };
     if inputs == 0 || groups == 0 || !inputs.is_multiple_of(groups) || outputs == 0 {
-        return Err(Fail::Rule(format!("{groups} groups of {inputs} inputs and {outputs} outputs")));
+        return Err(Fail::Rule(format!(
+            "{groups} groups of {inputs} inputs and {outputs} outputs"
+        )));
     }
     check(&codes, &[DType::I32], &[inputs * usize::from(bits) / 32, outputs])?;
     check(&scales, &SCALES, &[groups, outputs])?;
@@ -258,5 +283,14 @@ fn gptq(stem: &str, settings: &Json, parts: &mut HashMap<String, Entry>) -> Resu
     let order = order(g_idx, group, inputs, groups)?;
     let less_one = settings["checkpoint_format"].as_str() != Some("gptq_v2");
     let scheme = Scheme::Gptq { less_one };
-    Ok(Packed { scheme, bits, group, shape: [outputs, inputs], codes, scales, zeros: Some(zeros), order })
+    Ok(Packed {
+        scheme,
+        bits,
+        group,
+        shape: [outputs, inputs],
+        codes,
+        scales,
+        zeros: Some(zeros),
+        order,
+    })
 }

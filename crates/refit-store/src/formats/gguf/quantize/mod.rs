@@ -195,7 +195,8 @@ fn tq2_0(x: &[f32; 256], block: &mut [u8; 66]) -> bool {
 fn put_pairs(codes: &[u8; 256], bytes: &mut [u8]) {
     for (half, bytes) in bytes.chunks_exact_mut(32).enumerate() {
         for (j, byte) in bytes.iter_mut().enumerate() {
-            *byte = (0..4).fold(0, |byte, n| byte | (codes[128 * half + 32 * n + j] & 3) << (2 * n));
+            *byte =
+                (0..4).fold(0, |byte, n| byte | (codes[128 * half + 32 * n + j] & 3) << (2 * n));
         }
     }
 }
@@ -298,7 +299,8 @@ mod tests {
             round_trip(ggml, &values).iter().zip(&values).map(|(a, b)| (a - b).powi(2)).sum()
         };
         use GgmlType::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0};
-        for chain in [&[Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0][..], &[Q4_0, Q5_0, Q8_0], &[Q4_1, Q5_K]] {
+        for chain in [&[Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, Q8_0][..], &[Q4_0, Q5_0, Q8_0], &[Q4_1, Q5_K]]
+        {
             for pair in chain.windows(2) {
                 assert!(error(pair[1]) < error(pair[0]), "{} against {}", pair[1], pair[0]);
             }

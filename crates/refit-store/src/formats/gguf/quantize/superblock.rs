@@ -91,7 +91,13 @@ pub(super) fn put_three_bits(codes: &[u8; 256], block: &mut [u8; 110]) {
 
 /// Scales and minima of `Q4_K` and `Q5_K`: writes `d`, `dmin` and twelve bytes of six-bit levels, and chooses the
 /// codes `0 ..= top` for the rounded ones.
-fn affine_block(x: &[f32; 256], top: i32, trials: Trials, head: &mut [u8], codes: &mut [u8; 256]) -> bool {
+fn affine_block(
+    x: &[f32; 256],
+    top: i32,
+    trials: Trials,
+    head: &mut [u8],
+    codes: &mut [u8; 256],
+) -> bool {
     let (subs, _) = x.as_chunks::<32>();
     let (mut scales, mut mins) = ([0f32; 8], [0f32; 8]);
     for (j, sub) in subs.iter().enumerate() {

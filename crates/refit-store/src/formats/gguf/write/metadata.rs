@@ -33,9 +33,8 @@ pub fn naming(config: &Config) -> Result<Naming, String> {
         .iter()
         .find(|family| family.gguf == gguf)
         .expect("invariant: every model type that is written is read");
-    let heads = config
-        .usize("num_attention_heads")
-        .ok_or("config.json has no `num_attention_heads`")?;
+    let heads =
+        config.usize("num_attention_heads").ok_or("config.json has no `num_attention_heads`")?;
     Ok(Naming { family, heads: (heads, config.usize("num_key_value_heads").unwrap_or(heads)) })
 }
 
@@ -142,7 +141,8 @@ pub fn rope_factors(config: &Config) -> Option<Vec<f32>> {
     if rope_type(config) != Some("llama3") {
         return None;
     }
-    let number = |key: &str, default: f64| rope(config, key).and_then(Json::as_f64).unwrap_or(default);
+    let number =
+        |key: &str, default: f64| rope(config, key).and_then(Json::as_f64).unwrap_or(default);
     let heads = config.usize("num_attention_heads").filter(|&heads| heads > 0)?;
     let dim = config.usize("head_dim").or(config.usize("hidden_size").map(|h| h / heads))?;
     let theta = number("rope_theta", 10_000.0);

@@ -139,7 +139,8 @@ pub fn file_type(weights: impl Iterator<Item = (DType, u64)>) -> u32 {
     for (dtype, numel) in weights {
         *counts.entry(dtype).or_default() += numel;
     }
-    let most = counts.into_iter().max_by_key(|&(dtype, count)| (count, dtype)).map(|(dtype, _)| dtype);
+    let most =
+        counts.into_iter().max_by_key(|&(dtype, count)| (count, dtype)).map(|(dtype, _)| dtype);
     match most {
         Some(DType::F16) => 1,
         Some(DType::BF16) => 32,

@@ -59,7 +59,15 @@ pub fn tokenizer_fields(artifact: &Artifact, rows: usize) -> Result<Option<Field
             put("pre", pre.into());
             put("tokens", Field::Texts(vocabulary.tokens.clone()));
             put("token_type", Field::I32s(vocabulary.kinds.clone()));
-            put("merges", Field::Texts(merges(&json)?.into_iter().map(|(a, b)| format!("{a} {b}").into_bytes()).collect()));
+            put(
+                "merges",
+                Field::Texts(
+                    merges(&json)?
+                        .into_iter()
+                        .map(|(a, b)| format!("{a} {b}").into_bytes())
+                        .collect(),
+                ),
+            );
         }
         (other, _) => {
             return Err(format!(
@@ -96,11 +104,12 @@ struct Vocabulary {
 
 impl Vocabulary {
     fn new(json: &Json, rows: usize) -> Result<Self, String> {
-        let vocab = json["model"]["vocab"]
-            .as_object()
-            .ok_or("tokenizer.json has no `model.vocab`; --no-tokenizer writes the weights without it")?;
+        let vocab = json["model"]["vocab"].as_object().ok_or(
+            "tokenizer.json has no `model.vocab`; --no-tokenizer writes the weights without it",
+        )?;
         // Rows of the embedding without a token get a name that no text holds.
-        let mut tokens: Vec<Vec<u8>> = (0..rows).map(|id| format!("[PAD{id}]").into_bytes()).collect();
+        let mut tokens: Vec<Vec<u8>> =
+            (0..rows).map(|id| format!("[PAD{id}]").into_bytes()).collect();
         let mut kinds = vec![UNUSED; rows];
         let mut ids = HashMap::new();
         let mut set = |text: &str, id: Option<u64>, kind: i32| {
