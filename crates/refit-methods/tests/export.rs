@@ -212,7 +212,8 @@ fn eight_bits_with_eight_bit_activations_are_bytes() {
 #[test]
 fn mixed_groups_become_several_configuration_groups_or_one_group() {
     let dir = tempfile::tempdir().unwrap();
-    let source = quantized(dir.path(), DType::F32, "finequant", json!({"bits": 4, "target_bpw": 4.3}));
+    let source =
+        quantized(dir.path(), DType::F32, "finequant", json!({"bits": 4, "target_bpw": 4.3}));
     let record: Value = serde_json::from_slice(&bytes(&source, "refit.quantization.json")).unwrap();
     let sizes = record["summary"]["tensors_by_group"].as_object().unwrap().len();
     assert!(sizes > 1, "{record}");
