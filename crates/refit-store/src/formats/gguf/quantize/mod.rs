@@ -100,7 +100,10 @@ fn max_abs(values: &[f32]) -> f32 {
 }
 
 fn bounds(values: &[f32]) -> (f32, f32) {
-    values.iter().fold((f32::MAX, -f32::MAX), |(min, max), &x| (min.min(x), max.max(x)))
+    values.iter().fold((f32::MAX, -f32::MAX), |(min, max), &x| {
+        // The first of two zeros, whatever their signs.
+        (if x < min { x } else { min }, if x > max { x } else { max })
+    })
 }
 
 /// Puts 32 codes of four bits into 16 bytes: element `j` low, `j + 16` high.

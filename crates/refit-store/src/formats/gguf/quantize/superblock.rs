@@ -9,6 +9,11 @@ fn half_at(block: &[u8], at: usize) -> f32 {
     f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]))
 }
 
+/// The largest of some scales, at least 0. Comparing keeps a zero positive, where `f32::max` may give -0.
+fn most(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |most, &x| if x > most { x } else { most })
+}
+
 /// Codes for `x + offset` in steps of `d`, kept where `d` is 0.
 fn recode(x: &[f32], offset: f32, d: f32, (low, high): (i32, i32), codes: &mut [u8]) {
     if d == 0.0 {
@@ -28,7 +33,6 @@ pub fn q2_k(x: &[f32; 256], block: &mut [u8; 84]) -> bool {
         let weights = sub.map(f32::abs);
         (scales[j], mins[j]) = affine(sub, &weights, 3, TRIALS, &mut codes[16 * j..16 * j + 16]);
     }
-    let most = |values: &[f32; 16]| values.iter().fold(0.0, |most: f32, &x| most.max(x));
     let mut finite = true;
     let mut levels = |values: &[f32; 16], at: usize, block: &mut [u8; 84]| {
         let most = most(values);
@@ -106,7 +110,6 @@ fn affine_block(
         let codes = &mut codes[32 * j..32 * j + 32];
         (scales[j], mins[j]) = affine(sub, &weights, top, trials, codes);
     }
-    let most = |values: &[f32; 8]| values.iter().fold(0.0, |most: f32, &x| most.max(x));
     let levels = |values: &[f32; 8]| {
         let most = most(values);
         let inverse = if most > 0.0 { 63.0 / most } else { 0.0 };
