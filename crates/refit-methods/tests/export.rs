@@ -269,7 +269,7 @@ fn the_tokenizer_of_a_directory_comes_back_from_gguf() {
 }
 
 #[test]
-fn an_interrupted_export_goes_on_and_any_number_of_threads_gives_the_same_file() {
+fn any_number_of_threads_gives_the_same_file() {
     let dir = tempfile::tempdir().unwrap();
     let source = quantized(dir.path(), DType::F32, "rtn", json!({"bits": 4, "group": 32}));
     let given = inputs(&[&source]);
