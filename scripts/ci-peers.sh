@@ -46,6 +46,28 @@ for method in gptq wanda sparsegpt dsnot; do
 done
 "$venv/bin/python" scripts/interop.py "$refit" "$work"/{rtn,finequant,magnitude,gptq,wanda,sparsegpt,dsnot}
 
+# The same weights in other formats: GGUF, compressed-tensors and GPTQ decode to what refit reads, and say the same to transformers.
+"$refit" apply rtn "$tiny" -o "$work/rtn-asymmetric" --bits 4 --group 32 --asymmetric
+"$refit" apply rtn "$tiny" -o "$work/rtn-3" --bits 3 --group 32
+"$refit" apply rtn "$tiny" -o "$work/rtn-8" --bits 8
+for from in rtn finequant rtn-asymmetric; do
+  "$refit" export "$work/$from" --to gguf -o "$work/$from.gguf.d"
+  "$refit" export "$work/$from" --to compressed-tensors -o "$work/$from.ct"
+  "$refit" export "$work/$from" --to gptq --checkpoint-format gptq_v2 -o "$work/$from.gptq"
+done
+"$refit" export "$work/rtn-3" --to gptq -o "$work/rtn-3.gptq"
+"$refit" export "$work/rtn-8" --to compressed-tensors --activations int8 -o "$work/rtn-8.ct"
+for type in Q4_K Q8_0 BF16; do
+  "$refit" export "$tiny" --type "$type" -o "$work/$type.gguf.d"
+done
+if ! have gguf || ! have compressed_tensors; then
+  # shellcheck disable=SC2046
+  timeout 120 "$venv/bin/pip" install --quiet $(wanted 'gguf|compressed-tensors') || missing "gguf and compressed-tensors could not be installed"
+fi
+if have gguf; then
+  "$venv/bin/python" scripts/interop_exports.py "$refit" "$work"/*.gguf.d "$work"/*.ct "$work"/*.gptq
+fi
+
 # Methods that learn: whole models for transformers, adapters for PEFT, which must give a text the same likelihood as refit.
 learn=(--data builtin:kjv-calib --steps 3 --batch 2 --max-length 64 --learning-rate 5e-3)
 for method in fine-tune hft galore weight-compander; do

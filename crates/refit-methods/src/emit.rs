@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use refit_store::architecture::{Layout, Site};
 use refit_store::artifact::Format;
 use refit_store::card::{Fact, Relation, licence_union};
+use refit_store::formats::gguf::write::Fields;
 use refit_store::lineage::{DataUse, Estimate, Measurement, Parent};
 use refit_store::writer::ArtifactWriter;
 use refit_store::{Card, DType, Lineage, SideFile, TensorSpec, WritePlan};
@@ -25,6 +26,20 @@ pub struct Emitter {
     writer: ArtifactWriter,
     /// What the models' weight files looked like when the work began.
     fingerprints: Vec<String>,
+    /// What the card says where the method's family does not decide it.
+    relation: Option<Relation>,
+    format: Format,
+}
+
+/// How an output is kept, where it is no copy of the first model with other values.
+#[derive(Debug, Clone)]
+pub struct Container {
+    /// Metadata of a GGUF file; `None` for safetensors.
+    pub gguf: Option<Fields>,
+    /// Files beside the weights.
+    pub side_files: Vec<SideFile>,
+    /// How the output relates to the first model.
+    pub relation: Relation,
 }
 
 impl Emitter {
@@ -34,6 +49,19 @@ impl Emitter {
     /// # Errors
     /// No output path, an output that exists, a directory that cannot be written.
     pub fn begin(inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Self> {
+        Self::begin_in(inputs, plan, cx, None)
+    }
+
+    /// As [`begin`](Self::begin), kept in another way.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn begin_in(
+        inputs: &Inputs,
+        plan: &Plan,
+        cx: &Context,
+        container: Option<Container>,
+    ) -> Result<Self> {
         let out = cx.out()?;
         if !cx.resume
             && let Some(name) = out.file_name()
@@ -53,8 +81,8 @@ impl Emitter {
             .map(|tensor| TensorSpec {
                 name: tensor.name.clone(),
                 shape: tensor.shape.clone(),
-                dtype: DType::from_safetensors(&tensor.dtype)
-                    .expect("invariant: plans name types that safetensors has"),
+                dtype: DType::parse(&tensor.dtype)
+                    .expect("invariant: plans name types that can be written"),
             })
             .collect();
         let texts: Vec<String> =
@@ -82,15 +110,23 @@ impl Emitter {
             "texts": texts,
             "seed": cx.seed,
         });
+        let relation = container.as_ref().map(|container| container.relation);
+        let (gguf, side_files) = match container {
+            Some(container) => (container.gguf, container.side_files),
+            None => (None, inputs.models[0].artifact.side_files().to_vec()),
+        };
+        let format = if gguf.is_some() { Format::Gguf } else { Format::Safetensors };
         let write = WritePlan {
             tensors,
+            gguf,
             max_shard_bytes: Some(SHARD),
-            side_files: inputs.models[0].artifact.side_files().to_vec(),
+            side_files,
             identity: refit_store::hash::hex(identity.to_string().as_bytes()),
             force: cx.force,
             weights_name: None,
         };
-        Ok(Self { writer: ArtifactWriter::create(out, write)?, fingerprints })
+        let writer = ArtifactWriter::create(out, write)?;
+        Ok(Self { writer, fingerprints, relation, format })
     }
 
     /// Whether an earlier, interrupted run finished this tensor.
@@ -147,14 +183,20 @@ impl Emitter {
         side_files: Vec<SideFile>,
         report: &Value,
     ) -> Result<PathBuf> {
-        let Self { mut writer, fingerprints } = self;
+        let Self { mut writer, fingerprints, relation, format } = self;
         for file in side_files {
             writer.add_side_file(file);
         }
         writer.finish_with(|| {
             let mut parents = parents(&inputs.models, &fingerprints)?;
             parents.extend(adapter_parents(&inputs.adapters)?);
-            describe(parents, inputs, plan, cx, report)
+            let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
+            card.relation = relation.or(card.relation);
+            if format == Format::Gguf {
+                card.format = Fact::Known("gguf".to_owned());
+                card.library = "gguf".to_owned();
+            }
+            Ok((lineage, card))
         })
     }
 

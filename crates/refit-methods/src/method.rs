@@ -274,6 +274,9 @@ pub struct Plan {
     pub peak_memory: u64,
     /// What the run does, step by step, in plain words.
     pub steps: Vec<String>,
+    /// What the method found out about single tensors while it planned, kept for its run.
+    #[serde(skip)]
+    pub decided: serde_json::Value,
     /// Things that are worth knowing.
     pub notes: Vec<String>,
     /// Things that are probably not what the user wants.
@@ -304,7 +307,7 @@ pub struct PlannedTensor {
     pub name: String,
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// Element type in the output, as safetensors spells it.
+    /// Element type in the output, as safetensors or GGML spell it.
     pub dtype: String,
     /// Bytes in the output.
     pub bytes: u64,

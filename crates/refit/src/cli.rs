@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use refit_train::train::Ranks;
 
@@ -153,13 +153,19 @@ pub fn main() -> Code {
         }
     };
     let _together = ranks::EndTogether(ranks.clone());
-    // `apply` is not derived: its flags come from the methods.
-    let (global, result) = if let Some(("apply", sub)) = matches.subcommand() {
+    // `apply` and `export` are not derived: their flags come from the methods.
+    type Run = fn(&App, &ArgMatches) -> Result<Outcome>;
+    let of_methods: Option<(Run, &ArgMatches)> = match matches.subcommand() {
+        Some(("apply", sub)) => Some((verbs::apply::run, sub)),
+        Some(("export", sub)) => Some((verbs::export::run, sub)),
+        _ => None,
+    };
+    let (global, result) = if let Some((run, sub)) = of_methods {
         match Global::from_arg_matches(&matches) {
-            Ok(global) => (
-                global.clone(),
-                setup(global, &ranks).and_then(|app| in_pool(|| verbs::apply::run(&app, sub))),
-            ),
+            Ok(global) => {
+                let done = setup(global.clone(), &ranks).and_then(|app| in_pool(|| run(&app, sub)));
+                (global, done)
+            }
             Err(error) => return refuse(&error, as_json),
         }
     } else {
@@ -193,11 +199,11 @@ fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 
 /// The whole command.
 pub fn command() -> clap::Command {
-    Cli::command().subcommand(verbs::apply::command())
+    Cli::command().subcommand(verbs::apply::command()).subcommand(verbs::export::command())
 }
 
 /// Verbs whose next run goes on where an interrupted one stopped.
-const RESUMING: &[&str] = &["apply", "claim", "pull", "run"];
+const RESUMING: &[&str] = &["apply", "claim", "export", "pull", "run"];
 
 /// Whether `--json` is among the arguments: it decides how a wrong command line is reported, too.
 fn asks_for_json(args: impl Iterator<Item = std::ffi::OsString>) -> bool {

@@ -40,7 +40,8 @@ pub fn command() -> Command {
         .subcommands(registry::all().iter().map(method_command))
 }
 
-fn method_command(entry: &Entry) -> Command {
+/// The command of one method: its flags, its models, where the result goes.
+pub fn method_command(entry: &Entry) -> Command {
     let spec = entry.info.inputs;
     let (value, help) = match spec.adapters {
         Need::No => ("MODEL", "Models: directories, files or sources"),
@@ -143,6 +144,11 @@ pub fn run(app: &App, matches: &ArgMatches) -> Result<Outcome> {
             "there is no method `{name}`{hint}; `refit methods` lists them"
         )));
     };
+    run_method(app, entry, matches)
+}
+
+/// Runs a method with the flags of its command.
+pub fn run_method(app: &App, entry: &'static Entry, matches: &ArgMatches) -> Result<Outcome> {
     let given = |id: &str| matches.try_get_many::<String>(id).ok().flatten();
     let models: Vec<String> = given("models").into_iter().flatten().cloned().collect();
     let text: Vec<String> = given("text").into_iter().flatten().cloned().collect();

@@ -38,7 +38,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let model = inputs::open(app, &args.model)?;
     let artifact = &*model.artifact;
     let architecture = artifact.architecture();
-    let stored: u64 = artifact.tensors().iter().map(|t| t.nbytes).sum();
+    let bytes_of = |t: &refit_store::TensorInfo| artifact.stored_bytes(&t.name).unwrap_or(t.nbytes);
+    let stored: u64 = artifact.tensors().iter().map(bytes_of).sum();
     let default = MemoryOptions::default();
     let longest = architecture.dims.context.unwrap_or(usize::MAX);
     let context = args.context.unwrap_or_else(|| default.context.min(longest));
@@ -61,7 +62,13 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
 
     let mut facts = vec![
         ("path", model.path.display().to_string()),
-        ("format", format!("{:?}", artifact.format()).to_lowercase()),
+        (
+            "format",
+            match artifact.packed() {
+                Some(packed) => format!("safetensors, weights packed as {packed}"),
+                None => format!("{:?}", artifact.format()).to_lowercase(),
+            },
+        ),
         (
             "architecture",
             format!(
@@ -125,6 +132,10 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             ),
         ),
     ]));
+    let warnings: Vec<String> = grid.warning().into_iter().collect();
+    for warning in &warnings {
+        text.push_str(&format!("\nwarning: {warning}\n"));
+    }
     if let Some(values) = &values {
         text.push_str(&format!("\nvalues: {}\n", values.summary()));
     }
@@ -168,6 +179,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         }).collect::<Vec<_>>(),
         "ties": ties.iter().map(|(name, to)| json!({"tensor": name, "tied_to": to})).collect::<Vec<_>>(),
         "grid": grid,
+        "packed": artifact.packed(),
+        "warnings": warnings,
         "memory": memory,
         "strict_load": report,
         "values": values.as_ref().map(Values::json),
@@ -211,7 +224,7 @@ fn dtypes(artifact: &Artifact) -> BTreeMap<String, (usize, u64, u64)> {
         let entry = census.entry(tensor.dtype.to_string()).or_default();
         entry.0 += 1;
         entry.1 += tensor.numel() as u64;
-        entry.2 += tensor.nbytes;
+        entry.2 += artifact.stored_bytes(&tensor.name).unwrap_or(tensor.nbytes);
     }
     census
 }
