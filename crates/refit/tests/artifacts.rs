@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::path::Path;
 use std::process::Stdio;
 
 use common::{Place, contents, safetensors};
@@ -232,7 +233,13 @@ fn a_killed_training_resumes_to_the_same_bytes() {
             place.run(&other).code(2).says(&["the recipe changed", "`rate` was 0.0002, is 0.001"]);
             place.run(&[&args[..], &["-o", &out]].concat()).code(0);
         }
-        assert!(contents(&done) == contents(&place.path("whole")), "killed after step {step}");
+        // Card and lineage name the output; everything that was learned is the same to the byte.
+        let learned = |dir: &Path| -> Vec<(String, Vec<u8>)> {
+            let files = contents(dir).into_iter();
+            files.filter(|(name, _)| name != "README.md" && name != "refit.lineage.json").collect()
+        };
+        let (found, whole) = (learned(&done), learned(&place.path("whole")));
+        assert!(found.len() >= 3 && found == whole, "killed after step {step}");
     }
     assert!(caught > 0, "every run was over before it could be killed");
     let left: Vec<String> = place.names().into_iter().filter(|n| n.contains("training")).collect();
