@@ -34,6 +34,19 @@ impl Emitter {
     /// # Errors
     /// No output path, an output that exists, a directory that cannot be written.
     pub fn begin(inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Self> {
+        Self::begin_with(inputs, plan, cx, inputs.models[0].artifact.side_files().to_vec())
+    }
+
+    /// As [`begin`](Self::begin), with other files beside the weights.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn begin_with(
+        inputs: &Inputs,
+        plan: &Plan,
+        cx: &Context,
+        side_files: Vec<SideFile>,
+    ) -> Result<Self> {
         let out = cx.out()?;
         if !cx.resume
             && let Some(name) = out.file_name()
@@ -83,7 +96,7 @@ impl Emitter {
         let write = WritePlan {
             tensors,
             max_shard_bytes: Some(SHARD),
-            side_files: inputs.models[0].artifact.side_files().to_vec(),
+            side_files,
             identity: refit_store::hash::hex(identity.to_string().as_bytes()),
             force: cx.force,
             weights_name: None,
@@ -150,7 +163,7 @@ impl Emitter {
             writer.add_side_file(file);
         }
         writer.finish_with(|| {
-            let mut parents = parents(&inputs.models, &fingerprints)?;
+            let mut parents = parents(inputs, &fingerprints)?;
             parents.extend(adapter_parents(&inputs.adapters)?);
             describe(parents, inputs, plan, cx, report)
         })
@@ -166,9 +179,11 @@ impl Emitter {
 }
 
 /// The models as the manifest names them.
-fn parents(models: &[ModelInput], fingerprints: &[String]) -> Result<Vec<Parent>> {
-    let part = if models.len() > 1 { "ingredient" } else { "base" };
-    let parent = |(model, fingerprint): (&ModelInput, &String)| {
+fn parents(inputs: &Inputs, fingerprints: &[String]) -> Result<Vec<Parent>> {
+    let models = &inputs.models;
+    let parent = |(at, (model, fingerprint)): (usize, (&ModelInput, &String))| {
+        let base = models.len() == 1 || inputs.base == Some(at);
+        let part = if base { "base" } else { "ingredient" };
         let manifest = Lineage::read(model.artifact.path())?;
         let content = model.artifact.content_hash()?;
         if model.artifact.fingerprint()? != *fingerprint {
@@ -182,7 +197,7 @@ fn parents(models: &[ModelInput], fingerprints: &[String]) -> Result<Vec<Parent>
             part: Some(part.into()),
         })
     };
-    models.par_iter().zip(fingerprints).map(parent).collect()
+    models.par_iter().zip(fingerprints).enumerate().map(parent).collect()
 }
 
 /// The adapters as the manifest names them.
@@ -211,7 +226,7 @@ pub fn describe_adapter(
     cx: &Context,
     report: &Value,
 ) -> Result<(Lineage, Card)> {
-    let parents = parents(&inputs.models, fingerprints)?;
+    let parents = parents(inputs, fingerprints)?;
     let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
     card.relation = Some(Relation::Adapter);
     card.library = "peft".into();
@@ -278,15 +293,26 @@ fn licence(model: &ModelInput) -> (String, Fact<String>) {
 
 /// The command that makes the artifact again, into a directory of the reader's choice.
 fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
+    if let Some(words) = &plan.command {
+        return words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+    }
     let mut words = vec!["refit".to_owned(), "apply".to_owned(), plan.method.clone()];
-    words.extend(inputs.models.iter().map(|model| model.source.clone()));
+    words.extend(inputs.beside_base().map(|at| inputs.models[at].source.clone()));
     words.extend(inputs.adapters.iter().map(|adapter| adapter.source.clone()));
     for data in &inputs.data {
         words.extend(["--data".to_owned(), data.source()]);
     }
+    if let Some(base) = inputs.base {
+        words.extend(["--base".to_owned(), inputs.models[base].source.clone()]);
+    }
+    let defaults = crate::registry::get(&plan.method).map(|entry| entry.default().parameters());
     for (key, value) in plan.parameters.as_object().into_iter().flatten() {
         let flag = format!("--{}", key.replace('_', "-"));
         match value {
+            // A flag that is on by default takes a value.
+            Value::Bool(set) if defaults.as_ref().is_ok_and(|all| all[key] == true) => {
+                words.extend([flag, set.to_string()]);
+            }
             Value::Null | Value::Bool(false) => {}
             Value::Bool(true) => words.push(flag),
             Value::String(text) => words.extend([flag, text.clone()]),

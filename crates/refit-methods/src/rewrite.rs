@@ -41,6 +41,11 @@ pub enum OutputType {
 }
 
 impl OutputType {
+    /// The type of every floating-point tensor, where it does not depend on the source.
+    pub fn fixed(self) -> Option<DType> {
+        (self != Self::Auto).then(|| self.of(DType::F32))
+    }
+
     /// The stored type of a tensor whose source has type `from`.
     pub fn of(self, from: DType) -> DType {
         match (self, from) {
@@ -217,13 +222,27 @@ pub fn rewrite(
 /// # Errors
 /// Files that cannot be read or written, and values that are not finite.
 pub fn copy(from: &Artifact, source: &str, to: &Emitter, tensor: &PlannedTensor) -> Result<()> {
-    let info = from.tensor(&tensor.name)?;
+    copy_from(from, source, &tensor.name, to, tensor)
+}
+
+/// As [`copy`], of a tensor that has another name in its source.
+///
+/// # Errors
+/// As [`copy`].
+pub fn copy_from(
+    from: &Artifact,
+    source: &str,
+    name: &str,
+    to: &Emitter,
+    tensor: &PlannedTensor,
+) -> Result<()> {
+    let info = from.tensor(name)?;
     if info.dtype.to_string() == tensor.dtype {
         let mut buffer = vec![0; (8 * PIECE).min(info.nbytes as usize)];
         let mut start = 0;
         while start < info.nbytes {
             let length = buffer.len().min((info.nbytes - start) as usize);
-            from.read_raw_into(&tensor.name, start, &mut buffer[..length])?;
+            from.read_raw_into(name, start, &mut buffer[..length])?;
             to.write_raw(&tensor.name, start, &buffer[..length])?;
             start += length as u64;
         }
@@ -232,8 +251,8 @@ pub fn copy(from: &Artifact, source: &str, to: &Emitter, tensor: &PlannedTensor)
         let mut buffer = vec![0f32; PIECE.min(numel)];
         for start in (0..numel).step_by(PIECE) {
             let length = PIECE.min(numel - start);
-            from.read_f32_into(&tensor.name, start, &mut buffer[..length])?;
-            check_finite(source, &tensor.name, &buffer[..length], start)?;
+            from.read_f32_into(name, start, &mut buffer[..length])?;
+            check_finite(source, name, &buffer[..length], start)?;
             to.write_f32(&tensor.name, start, &buffer[..length])?;
         }
     }
