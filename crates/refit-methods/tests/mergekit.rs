@@ -219,7 +219,7 @@ fn what_cannot_be_merged_is_said_before_the_work() {
     let ties = |from: &str, to: &str| TIES.replace(from, to);
     says(&ties("base_model: base\n", ""), &["base_model", "fine-tuned from"]);
     says(&ties("density: 0.4", "density: 1.4"), &["density = 1.4", "from 0 to 1"]);
-    says(&ties("weight: 0.5", "weight: .nan"), &["weight", "not a number"]);
+    says(&ties("weight: 0.5", "weight: .nan"), &["`weight`", "expected a value"]);
     says(&ties("weight: 0.5, ", ""), &["ties needs `weight` for a"]);
     says(&ties("model: b", "model: a"), &["a is given twice"]);
     says(&ties("model: b", "model: wide"), &["vocab_size", "12", "11"]);

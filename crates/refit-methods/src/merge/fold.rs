@@ -219,6 +219,9 @@ pub fn check_alike(first: &ModelInput, model: &ModelInput, vocabulary_counts: bo
         {
             let advice = match key {
                 "model_type" => "; models of different architectures cannot be merged weight by weight",
+                "vocab_size" => {
+                    "; a mergekit recipe aligns vocabularies with `tokenizer_source: base` (or union)"
+                }
                 "hidden_size" => "; models of different widths cannot be merged weight by weight",
                 _ => "",
             };

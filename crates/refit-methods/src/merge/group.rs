@@ -150,6 +150,11 @@ impl<'a> Group<'a> {
         self.shape.last().copied().unwrap_or(1).max(1)
     }
 
+    /// Elements of an entry of the first dimension: a token's row.
+    fn width(&self) -> usize {
+        self.numel() / self.shape.first().copied().unwrap_or(1).max(1)
+    }
+
     /// Elements of every piece but the last: whole rows.
     fn step(&self) -> usize {
         (PIECE / self.columns()).max(1) * self.columns()
@@ -279,7 +284,7 @@ impl<'a> Group<'a> {
         let model = &self.models[part.model];
         match &part.rows {
             None => model.artifact.read_f32_into(&part.tensor, start, out)?,
-            Some(map) => self.read_rows(part, map, start / self.columns(), out)?,
+            Some(map) => self.read_rows(part, map, start / self.width().max(1), out)?,
         }
         check_finite(&model.source, &part.tensor, out, start)?;
         if let Some(dtype) = self.rounding {
@@ -289,7 +294,7 @@ impl<'a> Group<'a> {
     }
 
     fn read_rows(&self, part: &Part, map: &RowMap, first: usize, out: &mut [f32]) -> Result<()> {
-        let columns = self.columns();
+        let columns = self.width().max(1);
         let own = &self.models[part.model].artifact;
         for (row, out) in (first..).zip(out.chunks_mut(columns)) {
             match &map.rows[row] {
@@ -320,7 +325,7 @@ impl<'a> Group<'a> {
 
     /// The mean of all rows that belong to tokens.
     fn mean_row(&self, part: &Part, map: &RowMap) -> Result<Vec<f32>> {
-        let columns = self.columns();
+        let columns = self.width().max(1);
         let (mut sum, mut row) = (vec![0f64; columns], vec![0f32; columns]);
         for at in 0..map.tokens {
             self.read_rows(part, map, at, &mut row)?;

@@ -359,8 +359,9 @@ impl Program {
         group.each(|piece| {
             let mut out = vec![0f32; piece.len()];
             map(piece, &mut out);
-            if let Some(at) = out.iter().position(|x| !x.is_finite()) {
-                let at = piece.start + at;
+            // 0 x is NaN exactly when x is not finite, and sums of zeros vectorize.
+            if out.iter().map(|x| x * 0.0).sum::<f32>() != 0.0 {
+                let at = piece.start + out.iter().position(|x| !x.is_finite()).unwrap_or(0);
                 return Err(group.error(format!("value {at} overflows; weights this large cannot be merged")));
             }
             emitter.write_f32(&tensor.name, piece.start, &out)

@@ -90,7 +90,9 @@ pub fn cuts(
                 }
                 for key in last.iter().flat_map(|(_, values)| values) {
                     let key = order(*key);
-                    counts[(key & 0xffff) as usize] += u32::from(key >> 16 == *bucket);
+                    if key >> 16 == *bucket {
+                        counts[(key & 0xffff) as usize] += 1;
+                    }
                 }
             }
         },

@@ -201,8 +201,11 @@ impl<'a> Runner<'a> {
         }
         let identity = identity(identified);
         let out = self.dir.join(name);
-        let based = base.as_ref().map(|base| self.spelt(base));
-        let command = self.apply_command(name, method, to, based, with, texts, &learned);
+        let mut models: Vec<String> = to.iter().map(|model| self.spelt(model)).collect();
+        if let Some(base) = base {
+            models.extend(["--base".to_owned(), self.spelt(base)]);
+        }
+        let command = self.apply_command(name, method, &models, with, texts, &learned);
         let finished = self.done::<ArtifactRecord>(name, &identity)?;
         let (seconds, reused, artifact) =
             match finished.filter(|_| Lineage::read(&out).is_ok_and(|l| l.is_some())) {
@@ -254,19 +257,12 @@ impl<'a> Runner<'a> {
         &self,
         name: &str,
         method: &str,
-        to: &[String],
-        base: Option<String>,
+        models: &[String],
         with: &Value,
         texts: &[Text],
         learned: &[String],
     ) -> String {
-        let mut command = format!("refit apply {method}");
-        for model in to {
-            command.push_str(&format!(" {}", self.spelt(model)));
-        }
-        if let Some(base) = base {
-            command.push_str(&format!(" --base {base}"));
-        }
+        let mut command = format!("refit apply {method} {}", models.join(" "));
         let defaults = registry::get(method).map(|entry| entry.default().parameters());
         for (key, value) in with.as_object().into_iter().flatten() {
             let flag = key.replace('_', "-");

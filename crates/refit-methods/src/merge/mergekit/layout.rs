@@ -80,7 +80,7 @@ pub fn program(
     let vocabulary = match &config.tokenizer {
         Some(wanted) => {
             let base = config.base.as_ref().and_then(|base| names.iter().position(|n| n == base));
-            Some(Vocabulary::new(wanted, models, names, base.or(Some(0)).filter(|_| config.base.is_some()))?)
+            Some(Vocabulary::new(wanted, models, names, base)?)
         }
         None => None,
     };

@@ -174,21 +174,21 @@ fn command_line(info: &Info) -> String {
     let models = match companion(info) {
         Some(Companion::Model) => {
             text.push_str("refit apply rtn builtin:tiny --bits 4 -o four-bits\n");
-            "builtin:tiny four-bits"
+            "builtin:tiny four-bits".to_owned()
         }
         Some(Companion::Base(relatives)) => {
             for (bits, name) in RELATIVES.iter().take(relatives) {
                 text.push_str(&format!("refit apply rtn builtin:tiny --bits {bits} -o {name}\n"));
             }
-            &format!("{} --base builtin:tiny", names(relatives).join(" "))
+            format!("{} --base builtin:tiny", names(relatives).join(" "))
         }
         Some(Companion::Adapter) => {
             text.push_str(
                 "refit apply lora builtin:tiny --data builtin:kjv-calib --steps 4 -o adapter\n",
             );
-            "builtin:tiny adapter"
+            "builtin:tiny adapter".to_owned()
         }
-        None => "builtin:tiny",
+        None => "builtin:tiny".to_owned(),
     };
     let data = match (info.inputs.text, info.inputs.data) {
         (Need::Required, _) => " --text builtin:calibration",
@@ -234,7 +234,7 @@ fn recipe(entry: &Entry) -> String {
     let to = match companion {
         Some(Companion::Model) => {
             text.push_str("  - apply: rtn\n    as: four-bits\n    to: original\n");
-            "[original, four-bits]"
+            "[original, four-bits]".to_owned()
         }
         Some(Companion::Base(relatives)) => {
             for (bits, name) in RELATIVES.iter().take(relatives) {
@@ -242,15 +242,15 @@ fn recipe(entry: &Entry) -> String {
                     "  - apply: rtn\n    as: {name}\n    to: original\n    with: {{bits: {bits}}}\n"
                 ));
             }
-            &format!("[{}]\n    base: original", names(relatives).join(", "))
+            format!("[{}]\n    base: original", names(relatives).join(", "))
         }
         Some(Companion::Adapter) => {
             text.push_str(
                 "  - apply: lora\n    as: adapter\n    to: original\n    data: examples\n    with: {steps: 4}\n",
             );
-            "[original, adapter]"
+            "[original, adapter]".to_owned()
         }
-        None => "original",
+        None => "original".to_owned(),
     };
     text.push_str(&format!("  - apply: {name}\n    to: {to}\n"));
     if calibrated {
