@@ -151,8 +151,14 @@ impl Inputs {
                 });
             }
             (Need::No, Some(base)) => {
-                let problem = format!("{} takes no base; give it among the models, or leave it out", info.name);
-                return Err(Error::BadData { source_name: self.models[base].source.clone(), problem });
+                let problem = format!(
+                    "{} takes no base; give it among the models, or leave it out",
+                    info.name
+                );
+                return Err(Error::BadData {
+                    source_name: self.models[base].source.clone(),
+                    problem,
+                });
             }
             _ => {}
         }

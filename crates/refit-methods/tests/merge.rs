@@ -80,8 +80,9 @@ fn any_number_of_threads_gives_the_same_bytes() {
 fn relatives_of_one_model_that_changed_nothing_are_that_model() {
     let dir = tempfile::tempdir().unwrap();
     let base = model(&dir.path().join("base"), 5, DType::F32, |_, _| {});
-    let copies: Vec<PathBuf> =
-        (0..4).map(|k| model(&dir.path().join(format!("c{k}")), 5, DType::F32, |_, _| {})).collect();
+    let copies: Vec<PathBuf> = (0..4)
+        .map(|k| model(&dir.path().join(format!("c{k}")), 5, DType::F32, |_, _| {}))
+        .collect();
     for (method, beside, parameters) in methods() {
         let out = dir.path().join(method);
         apply(method, parameters, &given(&copies, beside), &out, 0).unwrap();
@@ -134,13 +135,23 @@ fn a_base_is_asked_for_and_models_are_counted() {
     let no_base = inputs(&[&paths[1], &paths[2]]);
     assert!(error("ties", json!({}), &no_base).contains("--base MODEL"));
     assert!(error("linear", json!({}), &based(&paths, 2)).contains("takes no base"));
-    assert!(error("slerp", json!({}), &based(&paths, 2)).contains("exactly 1 model beside the base"));
-    assert!(error("model-stock", json!({}), &based(&paths, 1)).contains("at least 2 models beside the base"));
-    assert!(error("ties", json!({"weight": [1, 2]}), &based(&paths, 3)).contains("each of the 3 models"));
+    assert!(
+        error("slerp", json!({}), &based(&paths, 2)).contains("exactly 1 model beside the base")
+    );
+    assert!(
+        error("model-stock", json!({}), &based(&paths, 1))
+            .contains("at least 2 models beside the base")
+    );
+    assert!(
+        error("ties", json!({"weight": [1, 2]}), &based(&paths, 3))
+            .contains("each of the 3 models")
+    );
     assert!(error("ties", json!({"density": [-0.1]}), &based(&paths, 3)).contains("from 0 to 1"));
     assert!(error("della", json!({"density": 0.95}), &based(&paths, 3)).contains("epsilon"));
     assert!(error("nearswap", json!({"t": -1}), &based(&paths, 1)).contains("0 or more"));
-    assert!(error("ties", json!({"densty": 0.5}), &based(&paths, 3)).contains("did you mean `density`"));
+    assert!(
+        error("ties", json!({"densty": 0.5}), &based(&paths, 3)).contains("did you mean `density`")
+    );
 }
 
 #[test]
@@ -162,11 +173,15 @@ fn models_that_do_not_fit_and_broken_weights_are_named() {
             values[7] = f32::NAN;
         }
     });
-    for (method, parameters) in [("ties", json!({"density": 0.1})), ("task-arithmetic", json!({}))] {
+    for (method, parameters) in [("ties", json!({"density": 0.1})), ("task-arithmetic", json!({}))]
+    {
         let out = dir.path().join(format!("{method}-out"));
         let given = based(&[paths[0].clone(), nan.clone()], 1);
         let error = apply(method, parameters, &given, &out, 0).unwrap_err().to_string();
-        assert!(error.contains("nan") && error.contains("down_proj") && error.contains("index 7"), "{error}");
+        assert!(
+            error.contains("nan") && error.contains("down_proj") && error.contains("index 7"),
+            "{error}"
+        );
         assert!(!out.exists());
     }
 }
@@ -176,11 +191,21 @@ fn the_base_lends_its_configuration_and_the_flags_are_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let paths = family(dir.path());
     let out = dir.path().join("out");
-    apply("ties", json!({"weight": [0.5, 0.25], "normalize": false, "dtype": "bf16"}), &based(&paths, 2), &out, 0).unwrap();
+    apply(
+        "ties",
+        json!({"weight": [0.5, 0.25], "normalize": false, "dtype": "bf16"}),
+        &based(&paths, 2),
+        &out,
+        0,
+    )
+    .unwrap();
     let lineage = refit_store::Lineage::read(&out).unwrap().unwrap();
     let command = lineage.command.unwrap();
     assert!(command.starts_with("refit apply ties m1 m2 --base base "), "{command}");
-    assert!(command.contains("--normalize false") && command.contains("--weight 0.5,0.25"), "{command}");
+    assert!(
+        command.contains("--normalize false") && command.contains("--weight 0.5,0.25"),
+        "{command}"
+    );
     assert_eq!(lineage.parents[0].part.as_deref(), Some("base"));
     let made = refit_store::Artifact::open(&out).unwrap();
     assert_eq!(made.config().str("torch_dtype"), Some("bfloat16"));

@@ -107,7 +107,11 @@ fn every_recipe_gives_what_mergekit_gives() {
             artifact.tensors().iter().map(|info| info.name.clone()).collect()
         };
         if names(&ours) != names(&theirs) {
-            wrong.push(format!("{name}: the tensors are {:?} and {:?}", names(&ours), names(&theirs)));
+            wrong.push(format!(
+                "{name}: the tensors are {:?} and {:?}",
+                names(&ours),
+                names(&theirs)
+            ));
             continue;
         }
         // Ids of added tokens follow the order of a hash table in mergekit: rows are compared token by token.
@@ -116,7 +120,9 @@ fn every_recipe_gives_what_mergekit_gives() {
             .iter()
             .map(|(token, id)| (*id, other[token].as_u64().unwrap_or(u64::MAX) as usize))
             .collect();
-        if tokens.iter().any(|(_, theirs)| *theirs == usize::MAX) || tokens.len() != other.as_object().unwrap().len() {
+        if tokens.iter().any(|(_, theirs)| *theirs == usize::MAX)
+            || tokens.len() != other.as_object().unwrap().len()
+        {
             wrong.push(format!("{name}: the tokens are {mine:?} and {other}"));
             continue;
         }
@@ -128,23 +134,29 @@ fn every_recipe_gives_what_mergekit_gives() {
             }
             let (x, y) = (ours.read_f32(&info.name).unwrap(), theirs.read_f32(&info.name).unwrap());
             let columns = *info.shape.last().unwrap();
-            let rows: Vec<(usize, usize)> = match info.name.contains("embed") || info.name.contains("lm_head") {
-                true => {
-                    let padding = tokens.len()..info.shape[0];
-                    tokens.iter().copied().chain(padding.map(|row| (row, row))).collect()
-                }
-                false => (0..x.len() / columns).map(|row| (row, row)).collect(),
-            };
-            let far = rows.iter().flat_map(|(i, j)| {
-                (0..columns).map(move |c| (i * columns + c, j * columns + c))
-            });
+            let rows: Vec<(usize, usize)> =
+                match info.name.contains("embed") || info.name.contains("lm_head") {
+                    true => {
+                        let padding = tokens.len()..info.shape[0];
+                        tokens.iter().copied().chain(padding.map(|row| (row, row))).collect()
+                    }
+                    false => (0..x.len() / columns).map(|row| (row, row)).collect(),
+                };
+            let far = rows
+                .iter()
+                .flat_map(|(i, j)| (0..columns).map(move |c| (i * columns + c, j * columns + c)));
             let worst = far
-                .map(|(i, j)| ((place(x[i], info.dtype) - place(y[j], info.dtype)).abs(), x[i], y[j]))
+                .map(|(i, j)| {
+                    ((place(x[i], info.dtype) - place(y[j], info.dtype)).abs(), x[i], y[j])
+                })
                 .max_by_key(|(far, ..)| *far)
                 .unwrap();
             if worst.0 > 1 {
                 let (far, x, y) = worst;
-                wrong.push(format!("{name}: {}: {x} and mergekit's {y}, {far} places apart", info.name));
+                wrong.push(format!(
+                    "{name}: {}: {x} and mergekit's {y}, {far} places apart",
+                    info.name
+                ));
             }
         }
     }
@@ -224,7 +236,9 @@ fn what_cannot_be_merged_is_said_before_the_work() {
     says(&ties("model: b", "model: a"), &["a is given twice"]);
     says(&ties("model: b", "model: wide"), &["vocab_size", "12", "11"]);
     let slices = |range: &str, more: &str| {
-        format!("merge_method: linear\nslices:\n  - sources:\n      - {{model: a, layer_range: [0, {range}]}}\n{more}parameters: {{weight: 1}}\n")
+        format!(
+            "merge_method: linear\nslices:\n  - sources:\n      - {{model: a, layer_range: [0, {range}]}}\n{more}parameters: {{weight: 1}}\n"
+        )
     };
     says(&slices("9", ""), &["layer_range ends at 9", "4 layers"]);
     says(&slices("2", "      - {model: b, layer_range: [0, 3]}\n"), &["3 layers here and 2"]);
@@ -237,7 +251,10 @@ fn what_cannot_be_merged_is_said_before_the_work() {
     says(&linear([1.0, -1.0]), &["sum is not zero"]);
     says(&format!("{}dtype: float64\n", linear([1.0, 1.0])), &["out_dtype: float32"]);
     says(&format!("{}chat_template: chatlm\n", linear([1.0, 1.0])), &["did you mean `chatml`"]);
-    says("merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n", &["slerp needs `t`"]);
+    says(
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n",
+        &["slerp needs `t`"],
+    );
     says(
         "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}, {model: c}]\nparameters: {t: 0.5}\n",
         &["slerp takes exactly 1 models beside the base, and 2"],
@@ -256,7 +273,8 @@ fn tokens_of_other_meaning_are_refused_and_to_the_letter_merged() {
     for name in ["a", "b"] {
         let (from, to) = (fixtures().join("models").join(name), models.join(name));
         std::fs::create_dir(&to).unwrap();
-        for file in ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"] {
+        for file in ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+        {
             std::fs::copy(from.join(file), to.join(file)).unwrap();
         }
     }
@@ -295,12 +313,17 @@ fn layers_are_numbered_anew_and_lists_of_layers_follow() {
     recipe.run(&inputs, &plan, &mut Context::new(&out)).unwrap();
     let made = Artifact::open(&out).unwrap();
     assert_eq!(made.config().usize("num_hidden_layers"), Some(6));
-    assert_eq!(made.config().get("layer_types"), Some(&json!(["a0", "a1", "a2", "b1", "b2", "b3"])));
+    assert_eq!(
+        made.config().get("layer_types"),
+        Some(&json!(["a0", "a1", "a2", "b1", "b2", "b3"]))
+    );
     made.check_fit().unwrap();
     let name = |layer: usize| format!("model.layers.{layer}.mlp.up_proj.weight");
     assert_eq!(support::tensor(&out, &name(3)), support::tensor(&models.join("b"), &name(1)));
     // Embeddings of the first slice, the final norm of the last.
-    let same = |model: &str, name: &str| support::tensor(&out, name) == support::tensor(&models.join(model), name);
+    let same = |model: &str, name: &str| {
+        support::tensor(&out, name) == support::tensor(&models.join(model), name)
+    };
     assert!(same("a", "model.embed_tokens.weight") && same("b", "model.norm.weight"));
 }
 
@@ -308,7 +331,8 @@ fn layers_are_numbered_anew_and_lists_of_layers_follow() {
 fn a_head_that_only_some_tie_becomes_the_outputs_own() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    let text = "merge_method: linear\nmodels: [{model: a}, {model: untied}]\nparameters: {weight: 1}\n";
+    let text =
+        "merge_method: linear\nmodels: [{model: a}, {model: untied}]\nparameters: {weight: 1}\n";
     let plan = plan_of(text, false).unwrap();
     assert!(plan.warnings.iter().any(|w| w.contains("lm_head.weight")), "{:?}", plan.warnings);
     merge(text, false, &out, Context::default()).unwrap();
@@ -325,7 +349,8 @@ fn chat_templates_are_named_chosen_and_written() {
     merge(text, false, &out, Context::default()).unwrap();
     let written = String::from_utf8(support::bytes(&out, "chat_template.jinja")).unwrap();
     assert!(written.contains("<|im_start|>"));
-    let config: Value = serde_json::from_slice(&support::bytes(&out, "tokenizer_config.json")).unwrap();
+    let config: Value =
+        serde_json::from_slice(&support::bytes(&out, "tokenizer_config.json")).unwrap();
     assert_eq!(config["chat_template"], json!(written));
     assert_eq!(config["bos_token"], json!("<s>"));
     let made = Artifact::open(&out).unwrap();

@@ -30,7 +30,8 @@ fn a_recipe_and_its_flags_give_the_same_model() {
     // What the manifest says makes it again.
     let manifest = place.run(&["lineage", "merged", "--json"]).json();
     assert_eq!(manifest["manifest"]["command"], "refit run mergekit_config.yml -o OUT");
-    std::fs::copy(place.path("merged/mergekit_config.yml"), place.path("mergekit_config.yml")).unwrap();
+    std::fs::copy(place.path("merged/mergekit_config.yml"), place.path("mergekit_config.yml"))
+        .unwrap();
     place.run(&["run", "mergekit_config.yml", "-o", "again"]).code(0);
     assert_eq!(bytes("merged"), bytes("again"));
     // The merged model runs.
@@ -64,9 +65,17 @@ fn what_is_wrong_with_a_recipe_is_said_and_nothing_is_written() {
     refuses("model: a,", "model: nowhere,", &["nowhere"]);
     refuses("merge_method: ties", "merge_method: [", &["their.yaml"]);
     place.write("own.yaml", "name: own\nsteps:\n  - pull: builtin:tiny\n");
-    place.refuses(&["run", "own.yaml", "--mergekit-compat"], 2, &["--mergekit-compat", "refit's own"]);
+    place.refuses(
+        &["run", "own.yaml", "--mergekit-compat"],
+        2,
+        &["--mergekit-compat", "refit's own"],
+    );
     place.refuses(&["apply", "ties", "a", "b", "-o", "out"], 2, &["--base MODEL"]);
-    place.refuses(&["apply", "linear", "a", "b", "--weight", "1,-1", "-o", "out"], 2, &["not zero"]);
+    place.refuses(
+        &["apply", "linear", "a", "b", "--weight", "1,-1", "-o", "out"],
+        2,
+        &["not zero"],
+    );
 }
 
 #[test]
@@ -74,7 +83,17 @@ fn an_adapter_is_no_ingredient() {
     let place = Place::new();
     relatives(&place);
     place
-        .run(&["apply", "lora", "builtin:tiny", "--data", "builtin:kjv-calib", "--steps", "1", "-o", "adapter"])
+        .run(&[
+            "apply",
+            "lora",
+            "builtin:tiny",
+            "--data",
+            "builtin:kjv-calib",
+            "--steps",
+            "1",
+            "-o",
+            "adapter",
+        ])
         .code(0);
     place.write("their.yaml", TIES.replace("model: a,", "model: adapter,"));
     place.refuses(&["run", "their.yaml", "-o", "out"], 2, &["adapter", "merge-adapter"]);
@@ -89,7 +108,10 @@ fn recipes_of_refit_name_a_base() {
     place.write("recipe.yaml", text);
     let ran = place.run(&["run", "recipe.yaml", "--json"]).json();
     let step = &ran["record"]["steps"][2];
-    assert_eq!(step["command"], "refit apply ties runs/small/four --base builtin:tiny --normalize false -o runs/small/ties");
+    assert_eq!(
+        step["command"],
+        "refit apply ties runs/small/four --base builtin:tiny --normalize false -o runs/small/ties"
+    );
     assert_eq!(ran["record"]["artifacts"][2]["parents"], serde_json::json!(["original", "four"]));
     place.write("recipe.yaml", text.replace("base: original", "base: orignal"));
     place.refuses(&["run", "recipe.yaml"], 2, &["`original`"]);

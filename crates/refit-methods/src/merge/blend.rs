@@ -100,9 +100,8 @@ impl Gram {
 /// As [`Group::scan`].
 pub fn gram(group: &Group) -> Result<Gram> {
     let count = group.inputs.len();
-    let parts = group.scan(|piece| {
-        Gram::of(&(0..count).map(|k| piece.delta(k)).collect::<Vec<_>>())
-    })?;
+    let parts =
+        group.scan(|piece| Gram::of(&(0..count).map(|k| piece.delta(k)).collect::<Vec<_>>()))?;
     let mut total = Gram { values: vec![0.0; count * count], count };
     parts.iter().for_each(|part| total.add(part));
     Ok(total)

@@ -203,8 +203,10 @@ mod tests {
     fn a_seed_is_one_choice_and_models_choose_apart() {
         assert_eq!(run(0.3, Rescale::None, 7), run(0.3, Rescale::None, 7));
         assert_ne!(run(0.3, Rescale::None, 7), run(0.3, Rescale::None, 8));
-        let method = DareLinear { density: vec![0.5], rescale: Rescale::None, ..DareLinear::default() };
-        let both = merge(&method, &[vec![1.0; 4000], vec![1.0; 4000]], Some(vec![0.0; 4000]), &[40, 100]);
+        let method =
+            DareLinear { density: vec![0.5], rescale: Rescale::None, ..DareLinear::default() };
+        let both =
+            merge(&method, &[vec![1.0; 4000], vec![1.0; 4000]], Some(vec![0.0; 4000]), &[40, 100]);
         let count = |value: f32| both.iter().filter(|x| **x == value).count();
         assert!(count(1.0) > 1800 && count(0.0) > 850 && count(2.0) > 850);
     }
@@ -212,7 +214,8 @@ mod tests {
     #[test]
     fn with_ties_signs_are_elected_among_what_is_left() {
         let method = DareTies { density: vec![0.5], rescale: Rescale::None, ..DareTies::default() };
-        let merged = merge(&method, &[vec![3.0; 4000], vec![-1.0; 4000]], Some(vec![0.0; 4000]), &[40, 100]);
+        let merged =
+            merge(&method, &[vec![3.0; 4000], vec![-1.0; 4000]], Some(vec![0.0; 4000]), &[40, 100]);
         assert!(merged.iter().all(|x| [3.0, -1.0, 0.0].contains(x)));
         let count = |value: f32| merged.iter().filter(|x| **x == value).count();
         // 3 wins whenever it is kept, -1 when it is alone.

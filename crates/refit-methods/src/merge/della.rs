@@ -155,7 +155,9 @@ impl Ranked {
         for (density, epsilon) in density.iter().zip(&epsilon) {
             let random = *density > 0.0 && *density < 1.0;
             if random && !(*epsilon >= 0.0 && density - epsilon > 0.0 && density + epsilon < 1.0) {
-                let expected = format!("density - epsilon above 0 and density + epsilon below 1, with density = {density}");
+                let expected = format!(
+                    "density - epsilon above 0 and density + epsilon below 1, with density = {density}"
+                );
                 return Err(Error::range(common.method, "epsilon", epsilon, expected));
             }
         }
@@ -228,7 +230,8 @@ mod tests {
         }
         let unbiased = run(Rescale::Unbiased, 2);
         for column in 0..10 {
-            let mean = (0..ROWS).map(|row| f64::from(unbiased[row * 10 + column])).sum::<f64>() / ROWS as f64;
+            let mean = (0..ROWS).map(|row| f64::from(unbiased[row * 10 + column])).sum::<f64>()
+                / ROWS as f64;
             let value = column as f64 + 1.0;
             let probability = 0.2 + 0.6 * column as f64 / 9.0;
             let slack = 5.0 * value * ((1.0 - probability) / probability / ROWS as f64).sqrt();

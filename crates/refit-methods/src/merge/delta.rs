@@ -103,7 +103,11 @@ impl Common<'_> {
     ///
     /// # Errors
     /// Weights that are no numbers or too many.
-    pub fn kernel(self, count: usize, sparsify: impl Sparsify + 'static) -> Result<Arc<dyn Kernel>> {
+    pub fn kernel(
+        self,
+        count: usize,
+        sparsify: impl Sparsify + 'static,
+    ) -> Result<Arc<dyn Kernel>> {
         finite(self.method, "lambda", self.lambda)?;
         Ok(Arc::new(Blend {
             weight: per_model(self.method, "weight", self.weight, count, 1.0)?,

@@ -218,7 +218,9 @@ pub fn check_alike(first: &ModelInput, model: &ModelInput, vocabulary_counts: bo
             && (key != "vocab_size" || vocabulary_counts)
         {
             let advice = match key {
-                "model_type" => "; models of different architectures cannot be merged weight by weight",
+                "model_type" => {
+                    "; models of different architectures cannot be merged weight by weight"
+                }
                 "vocab_size" => {
                     "; a mergekit recipe aligns vocabularies with `tokenizer_source: base` (or union)"
                 }

@@ -100,7 +100,9 @@ impl Karcher {
             if step < self.tol {
                 break;
             }
-            mean.iter_mut().zip(&tangent).for_each(|(m, t)| *m = step.cos() * *m + step.sin() * t / step);
+            mean.iter_mut()
+                .zip(&tangent)
+                .for_each(|(m, t)| *m = step.cos() * *m + step.sin() * t / step);
             let length = gram.norm_of(&mean);
             if length > self.tol {
                 mean.iter_mut().for_each(|m| *m /= length);
@@ -119,7 +121,12 @@ mod tests {
     #[test]
     fn the_mean_of_three_has_equal_pulls_and_copies_are_themselves() {
         let models = [normals(1, 300), normals(2, 300), normals(3, 300)];
-        let mean = merge(&Karcher { max_iter: 50, tol: 1e-9, ..Karcher::default() }, &models, None, &[300]);
+        let mean = merge(
+            &Karcher { max_iter: 50, tol: 1e-9, ..Karcher::default() },
+            &models,
+            None,
+            &[300],
+        );
         let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
         let unit = |x: &[f32]| {
             let wide: Vec<f64> = x.iter().map(|x| f64::from(*x)).collect();

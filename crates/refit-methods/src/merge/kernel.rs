@@ -175,7 +175,8 @@ pub fn per_model(
         [only] => vec![*only; count],
         list if list.len() == count => list.to_vec(),
         list => {
-            let expected = format!("one value, or one for each of the {count} models beside the base");
+            let expected =
+                format!("one value, or one for each of the {count} models beside the base");
             return Err(Error::range(method, name, format!("{list:?}"), expected));
         }
     };

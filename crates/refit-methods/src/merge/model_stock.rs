@@ -71,7 +71,8 @@ impl Kernel for ModelStock {
         Ok(Box::new(move |piece, out| {
             let deltas: Vec<Vec<f64>> = (0..count).map(|k| piece.delta(k)).collect();
             for at in (0..out.len()).step_by(columns) {
-                let rows: Vec<Vec<f64>> = deltas.iter().map(|d| d[at..at + columns].to_vec()).collect();
+                let rows: Vec<Vec<f64>> =
+                    deltas.iter().map(|d| d[at..at + columns].to_vec()).collect();
                 let t = ratio(&Gram::of(&rows));
                 for i in 0..columns {
                     let mean = rows.iter().map(|row| row[i]).sum::<f64>() / count as f64;
@@ -113,11 +114,19 @@ mod tests {
             let same = merge(&stock, &[moved(&d), moved(&d)], Some(base.clone()), &[6, 10]);
             assert!(same.iter().zip(moved(&d)).all(|(x, y)| (x - y).abs() < 1e-6));
         }
-        let half = |keep: usize| (0..60).map(|i| if i % 2 == keep { d[i] } else { 0.0 }).collect::<Vec<_>>();
-        let stock = merge(&ModelStock::default(), &[moved(&half(0)), moved(&half(1))], Some(base.clone()), &[60]);
+        let half = |keep: usize| {
+            (0..60).map(|i| if i % 2 == keep { d[i] } else { 0.0 }).collect::<Vec<_>>()
+        };
+        let stock = merge(
+            &ModelStock::default(),
+            &[moved(&half(0)), moved(&half(1))],
+            Some(base.clone()),
+            &[60],
+        );
         assert!(stock.iter().zip(&base).all(|(x, y)| (x - y).abs() < 1e-6));
         let minus: Vec<f32> = d.iter().map(|d| -d).collect();
-        let stock = merge(&ModelStock::default(), &[moved(&d), moved(&minus)], Some(base.clone()), &[60]);
+        let stock =
+            merge(&ModelStock::default(), &[moved(&d), moved(&minus)], Some(base.clone()), &[60]);
         assert!(stock.iter().zip(&base).all(|(x, y)| (x - y).abs() < 1e-5));
     }
 }

@@ -93,7 +93,9 @@ impl Kernel for Barycentre {
         let factors: Vec<f64> = match length < self.eps {
             false => directions.iter().map(|d| mean * d / length).collect(),
             // Tensors of zeros, or nothing changed: their weighted sum is as good as any.
-            true if norms.iter().all(|norm| *norm < self.eps) || gram.count == 2 => self.weight.clone(),
+            true if norms.iter().all(|norm| *norm < self.eps) || gram.count == 2 => {
+                self.weight.clone()
+            }
             true => {
                 return Err(group.error(
                     "the weighted directions cancel out, so there is no mean; use other weights, or another method",
@@ -113,14 +115,20 @@ mod tests {
     #[test]
     fn copies_are_themselves_and_the_norm_is_the_mean_norm() {
         let (a, b, base) = (normals(1, 400), normals(2, 400), normals(3, 400));
-        let same = merge(&Multislerp::default(), &[a.clone(), a.clone(), a.clone()], None, &[20, 20]);
+        let same =
+            merge(&Multislerp::default(), &[a.clone(), a.clone(), a.clone()], None, &[20, 20]);
         assert!(same.iter().zip(&a).all(|(x, y)| (x - y).abs() <= 1e-6));
         let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
         let mixed = merge(&Multislerp::default(), &[a.clone(), b.clone()], None, &[20, 20]);
         assert!((norm(&mixed) - 0.5 * (norm(&a) + norm(&b))).abs() < 1e-4);
         // Nothing changed, so nothing changes.
         assert_eq!(
-            merge(&Multislerp::default(), &[base.clone(), base.clone(), base.clone()], Some(base.clone()), &[400]),
+            merge(
+                &Multislerp::default(),
+                &[base.clone(), base.clone(), base.clone()],
+                Some(base.clone()),
+                &[400]
+            ),
             base
         );
     }

@@ -164,7 +164,8 @@ mod tests {
         let (a, b, base) = (normals(1, 200), normals(2, 200), normals(3, 200));
         let run = |nuslerp_flatten, nuslerp_row_wise, shape: &[usize], base: Option<Vec<f32>>| {
             let weight = vec![0.25, 0.75];
-            let method = Nuslerp { weight, nuslerp_flatten, nuslerp_row_wise, ..Nuslerp::default() };
+            let method =
+                Nuslerp { weight, nuslerp_flatten, nuslerp_row_wise, ..Nuslerp::default() };
             merge(&method, &[a.clone(), b.clone()], base, shape)
         };
         for base in [None, Some(base.clone())] {
@@ -172,7 +173,10 @@ mod tests {
             assert_eq!(whole, run(false, false, &[1, 200], base.clone()));
             assert_eq!(whole, run(false, true, &[200], base.clone()));
             assert_ne!(whole, run(false, false, &[10, 20], base.clone()));
-            assert_ne!(run(false, true, &[10, 20], base.clone()), run(false, false, &[10, 20], base));
+            assert_ne!(
+                run(false, true, &[10, 20], base.clone()),
+                run(false, false, &[10, 20], base)
+            );
         }
         let same = merge(&Nuslerp::default(), &[a.clone(), a.clone()], Some(base), &[10, 20]);
         assert!(same.iter().zip(&a).all(|(x, y)| (x - y).abs() <= 1e-6));
@@ -183,7 +187,8 @@ mod tests {
         let a = normals(4, 50);
         let minus: Vec<f32> = a.iter().map(|x| -x).collect();
         let weight = vec![0.75, 0.25];
-        let mixed = merge(&Nuslerp { weight, ..Nuslerp::default() }, &[a.clone(), minus], None, &[50]);
+        let mixed =
+            merge(&Nuslerp { weight, ..Nuslerp::default() }, &[a.clone(), minus], None, &[50]);
         assert!(mixed.iter().zip(&a).all(|(x, y)| (x - 0.5 * y).abs() < 1e-6));
     }
 }

@@ -172,8 +172,11 @@ impl Program {
             };
             if shape_of(at) != shape {
                 let rows_alone = shape_of(at).get(1..) == shape.get(1..);
-                let advice = match rows_alone && is_vocabulary(&models[first.model].artifact, name) {
-                    true => "their vocabularies differ: align them with `tokenizer_source: base` (or union) in a mergekit recipe",
+                let advice = match rows_alone && is_vocabulary(&models[first.model].artifact, name)
+                {
+                    true => {
+                        "their vocabularies differ: align them with `tokenizer_source: base` (or union) in a mergekit recipe"
+                    }
                     false => "models of a merge need one architecture and width",
                 };
                 return Err(mismatch(format!(
@@ -203,9 +206,11 @@ impl Program {
             });
         };
         if !float {
-            let agree = parts[1..].iter().all(|part| same_bytes(models, first, part).unwrap_or(false));
+            let agree =
+                parts[1..].iter().all(|part| same_bytes(models, first, part).unwrap_or(false));
             if !agree {
-                let problem = "its values differ between the models, and it is no float: it cannot be merged";
+                let problem =
+                    "its values differ between the models, and it is no float: it cannot be merged";
                 return Err(Error::tensor(&models[first.model].source, name, problem));
             }
         }
@@ -293,10 +298,16 @@ impl Program {
         let most = |jobs: &[&Job]| jobs.iter().filter_map(|job| held(job)).max().unwrap_or(0);
         let row = |job: &Job| job.tensor.shape.last().copied().unwrap_or(1).max(PIECE);
         let widest = self.jobs.values().map(|job| (3 * parts(job) + 2) * 4 * row(job)).max();
-        let tables = if large.is_empty() && small.is_empty() { 0 } else { parts_most(&self.jobs) << 19 };
-        let bytes = most(&large).max(threads * most(&small)) + threads * (widest.unwrap_or(0) + tables);
+        let tables =
+            if large.is_empty() && small.is_empty() { 0 } else { parts_most(&self.jobs) << 19 };
+        let bytes =
+            most(&large).max(threads * most(&small)) + threads * (widest.unwrap_or(0) + tables);
         plan.peak_memory = bytes as u64 + (48 << 20);
-        plan.steps.push(format!("merge {} models, {} tensors", inputs.models.len(), self.jobs.len()));
+        plan.steps.push(format!(
+            "merge {} models, {} tensors",
+            inputs.models.len(),
+            self.jobs.len()
+        ));
     }
 
     /// Merges and writes.
@@ -308,10 +319,8 @@ impl Program {
         let side_files = inputs.models[0].artifact.side_files().iter().filter(dropped).cloned();
         let emitter = Emitter::begin_with(inputs, plan, cx, side_files.collect())?;
         cx.progress.begin("merging", plan.output_bytes, Unit::Bytes);
-        let (large, small): (Vec<&Job>, Vec<&Job>) = self
-            .jobs
-            .values()
-            .partition(|job| job.tensor.shape.iter().product::<usize>() >= LARGE);
+        let (large, small): (Vec<&Job>, Vec<&Job>) =
+            self.jobs.values().partition(|job| job.tensor.shape.iter().product::<usize>() >= LARGE);
         let one = |job: &&Job, parallel: bool| -> Result<()> {
             if !emitter.is_done(&job.tensor.name) {
                 self.write(job, &inputs.models, &emitter, parallel, cx.seed)?;
@@ -362,7 +371,8 @@ impl Program {
             // 0 x is NaN exactly when x is not finite, and sums of zeros vectorize.
             if out.iter().map(|x| x * 0.0).sum::<f32>() != 0.0 {
                 let at = piece.start + out.iter().position(|x| !x.is_finite()).unwrap_or(0);
-                return Err(group.error(format!("value {at} overflows; weights this large cannot be merged")));
+                return Err(group
+                    .error(format!("value {at} overflows; weights this large cannot be merged")));
             }
             emitter.write_f32(&tensor.name, piece.start, &out)
         })?;
@@ -406,7 +416,9 @@ fn missing(first: &ModelInput, second: &ModelInput, tensor: &str, in_the: &str) 
     Error::Mismatch {
         first: first.source.clone(),
         second: second.source.clone(),
-        problem: format!("tensor `{tensor}` is missing in the {in_the}; models of a merge have the same tensors"),
+        problem: format!(
+            "tensor `{tensor}` is missing in the {in_the}; models of a merge have the same tensors"
+        ),
     }
 }
 
@@ -416,7 +428,8 @@ pub fn is_vocabulary(artifact: &Artifact, name: &str) -> bool {
     let architecture = artifact.architecture();
     let Some(site) = architecture.site(name) else { return false };
     let rows = site.shape.first().copied();
-    let embed = architecture.with_role(Role::Embed).next().and_then(|site| site.shape.first().copied());
+    let embed =
+        architecture.with_role(Role::Embed).next().and_then(|site| site.shape.first().copied());
     match site.role {
         Role::Embed => true,
         Role::Head | Role::Bias => site.layer.is_none() && rows.is_some() && rows == embed,

@@ -60,14 +60,17 @@ impl Kernel for Sce {
         let chosen = match self.select_topk < 1.0 {
             false => None,
             true => {
-                let varied = group.scan(|piece| variances(piece).iter().filter(|v| **v != 0.0).count())?;
+                let varied =
+                    group.scan(|piece| variances(piece).iter().filter(|v| **v != 0.0).count())?;
                 Some((varied.iter().sum::<usize>() as f64 * self.select_topk) as usize)
             }
         };
         let n = group.numel();
         let cut = match chosen {
             Some(k) if k > 0 && k < n => {
-                let keys = |piece: &Piece, _: usize| variances(piece).into_iter().map(|v| v as f32).collect();
+                let keys = |piece: &Piece, _: usize| {
+                    variances(piece).into_iter().map(|v| v as f32).collect()
+                };
                 cuts(group, &[vec![(n - k) as u64]], keys)?.remove(0).pop()
             }
             _ => None,
@@ -91,8 +94,9 @@ impl Kernel for Sce {
         let squares = group.scan(|piece| -> Vec<f64> {
             select(piece).iter().map(|d| d.iter().map(|x| x * x).sum()).collect()
         })?;
-        let mut weight: Vec<f64> =
-            (0..count).map(|k| squares.iter().map(|s| s[k]).sum::<f64>() / n.max(1) as f64).collect();
+        let mut weight: Vec<f64> = (0..count)
+            .map(|k| squares.iter().map(|s| s[k]).sum::<f64>() / n.max(1) as f64)
+            .collect();
         let total: f64 = weight.iter().sum();
         match total < 1e-6 {
             true => weight.fill(1.0 / count as f64),
@@ -149,7 +153,8 @@ mod tests {
 
     #[test]
     fn the_model_that_changed_more_weighs_more() {
-        let merged = merge(&Sce::default(), &[vec![1.0; 4], vec![3.0; 4]], Some(vec![0.0; 4]), &[4]);
+        let merged =
+            merge(&Sce::default(), &[vec![1.0; 4], vec![3.0; 4]], Some(vec![0.0; 4]), &[4]);
         assert!(merged.iter().all(|x| (x - 2.8).abs() < 1e-6), "{merged:?}");
     }
 }

@@ -64,7 +64,9 @@ pub fn cuts(
         |counts, piece| {
             for (channel, counts) in counts.chunks_mut(1 << 16).enumerate() {
                 if !ranks[channel].is_empty() {
-                    keys(piece, channel).iter().for_each(|x| counts[(order(*x) >> 16) as usize] += 1);
+                    keys(piece, channel)
+                        .iter()
+                        .for_each(|x| counts[(order(*x) >> 16) as usize] += 1);
                 }
             }
         },
@@ -110,7 +112,9 @@ pub fn cuts(
         let equal = group.scan(|piece| -> Vec<u64> {
             let count = |(channel, cut): &(usize, Cut)| match cut.skip {
                 0 => 0,
-                _ => keys(piece, *channel).iter().filter(|x| order(**x) == cut.value).count() as u64,
+                _ => {
+                    keys(piece, *channel).iter().filter(|x| order(**x) == cut.value).count() as u64
+                }
             };
             found.iter().map(count).collect()
         })?;
@@ -146,7 +150,8 @@ mod tests {
 
     #[test]
     fn bits_sort_as_values() {
-        let sorted = [f32::MIN, -1.0, -f32::MIN_POSITIVE, -0.0, 0.0, 1e-40, 0.5, 0.500_001, f32::MAX];
+        let sorted =
+            [f32::MIN, -1.0, -f32::MIN_POSITIVE, -0.0, 0.0, 1e-40, 0.5, 0.500_001, f32::MAX];
         assert!(sorted.windows(2).all(|pair| order(pair[0]) <= order(pair[1])));
         assert_eq!(order(-0.0), order(0.0));
     }

@@ -65,7 +65,8 @@ impl Kernel for Slerp {
             let (a, b) = (wide(piece.base), wide(piece.inputs[0]));
             [dot(&a, &a), dot(&b, &b), dot(&a, &b)]
         })?;
-        let [aa, bb, ab] = products.iter().fold([0.0; 3], |s, p| [s[0] + p[0], s[1] + p[1], s[2] + p[2]]);
+        let [aa, bb, ab] =
+            products.iter().fold([0.0; 3], |s, p| [s[0] + p[0], s[1] + p[1], s[2] + p[2]]);
         // A tensor of zeros has no direction.
         let norm = |square: f64| if square.sqrt() > 1e-8 { square.sqrt() } else { 1.0 };
         let (a, b) = factors(self.t, ab / (norm(aa) * norm(bb)), PARALLEL);

@@ -45,7 +45,9 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if mergekit::is_mergekit(&text) {
         return merge(app, &args, &text);
     }
-    for (flag, given) in [("--mergekit-compat", args.mergekit_compat), ("--seed", args.seed.is_some())] {
+    for (flag, given) in
+        [("--mergekit-compat", args.mergekit_compat), ("--seed", args.seed.is_some())]
+    {
         if given {
             let problem = "this is a recipe of refit's own; the flag is for those of mergekit";
             return Err(Failure::usage(format!("{flag}: {}: {problem}", args.recipe.display())));

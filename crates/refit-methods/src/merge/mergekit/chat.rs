@@ -58,7 +58,8 @@ pub fn choose(wanted: &str, models: &[ModelInput]) -> Result<Option<String>> {
         Some(near) => format!(" (did you mean `{near}`?)"),
         None => String::new(),
     };
-    let problem = format!("`{wanted}` is no template and no name of one{hint}; names: {}", names.join(", "));
+    let problem =
+        format!("`{wanted}` is no template and no name of one{hint}; names: {}", names.join(", "));
     Err(Error::recipe("chat_template", problem))
 }
 
@@ -66,7 +67,8 @@ pub fn choose(wanted: &str, models: &[ModelInput]) -> Result<Option<String>> {
 fn template(artifact: &Artifact) -> Option<String> {
     let files = artifact.side_files();
     let read = |name: &str| files.iter().find(|file| file.name == name)?.read().ok();
-    if let Some(text) = read("chat_template.jinja").and_then(|bytes| String::from_utf8(bytes).ok()) {
+    if let Some(text) = read("chat_template.jinja").and_then(|bytes| String::from_utf8(bytes).ok())
+    {
         return Some(text.trim().to_owned());
     }
     let config: Value = serde_json::from_slice(&read("tokenizer_config.json")?).ok()?;
@@ -85,8 +87,9 @@ fn template(artifact: &Artifact) -> Option<String> {
 /// A tokenizer configuration that is no JSON.
 pub fn files(template: &str, tokenizer_config: Option<Vec<u8>>) -> Result<Vec<SideFile>> {
     let mut config: Value = match tokenizer_config {
-        Some(bytes) => serde_json::from_slice(&bytes)
-            .map_err(|error| Error::recipe("tokenizer_config.json", format!("not valid JSON: {error}")))?,
+        Some(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
+            Error::recipe("tokenizer_config.json", format!("not valid JSON: {error}"))
+        })?,
         None => json!({}),
     };
     config["chat_template"] = json!(template);

@@ -101,15 +101,25 @@ pub enum TokenRow {
     Other(String, std::result::Result<String, usize>),
 }
 
-
 const KEYS: &[&str] = &[
-    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
-    "tokenizer_source", "tokenizer", "chat_template", "name",
+    "merge_method",
+    "models",
+    "slices",
+    "modules",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "name",
 ];
 
 /// Whether a YAML text is a recipe of mergekit and not one of refit.
 pub fn is_mergekit(text: &str) -> bool {
-    let Ok(Value::Object(map)) = refit_store::yaml::parse::<Value>(Path::new("recipe"), text) else {
+    let Ok(Value::Object(map)) = refit_store::yaml::parse::<Value>(Path::new("recipe"), text)
+    else {
         // Broken YAML still says whose it is.
         return text.lines().any(|line| line.starts_with("merge_method:"));
     };
@@ -147,7 +157,8 @@ pub fn parse(path: &Path, text: &str, compat: bool) -> Result<Config> {
         return Err(Error::recipe("the recipe", problem));
     };
     if kind == "modules" {
-        let problem = "merging the modules of a model apart is not read yet; use `models` for whole models";
+        let problem =
+            "merging the modules of a model apart is not read yet; use `models` for whole models";
         return Err(Error::recipe("modules", problem));
     }
     let slices = match kind {
@@ -252,11 +263,14 @@ impl Reader {
             (true, Some(range)) => match range.iter().map(Value::as_u64).collect::<Vec<_>>()[..] {
                 [Some(from), Some(to)] if from < to => Some((from as usize, to as usize)),
                 _ => {
-                    let problem = "expected `layer_range: [FROM, TO]`, with TO not included and above FROM";
+                    let problem =
+                        "expected `layer_range: [FROM, TO]`, with TO not included and above FROM";
                     return Err(Error::recipe(at, problem));
                 }
             },
-            (true, None) => return Err(Error::recipe(at, "the key `layer_range` is missing: [FROM, TO]")),
+            (true, None) => {
+                return Err(Error::recipe(at, "the key `layer_range` is missing: [FROM, TO]"));
+            }
         };
         Ok(Source { model, range, parameters: settings(map, at)? })
     }
@@ -290,7 +304,10 @@ impl Reader {
                     None => None,
                     Some(Some(n @ 1..=65536)) => Some(n as usize),
                     Some(_) => {
-                        return Err(Error::recipe("pad_to_multiple_of", "expected a small whole number"));
+                        return Err(Error::recipe(
+                            "pad_to_multiple_of",
+                            "expected a small whole number",
+                        ));
                     }
                 };
                 let mut tokens = BTreeMap::new();
@@ -299,7 +316,8 @@ impl Reader {
                         tokens.insert(token.clone(), self.token(token, value)?);
                     }
                 }
-                let from = source.map_or(Ok(Whose::Union), |value| from(value, "tokenizer.source"))?;
+                let from =
+                    source.map_or(Ok(Whose::Union), |value| from(value, "tokenizer.source"))?;
                 Ok(Some(Tokenizer { from, tokens, multiple }))
             }
             (None, None) => Ok(None),
@@ -320,7 +338,12 @@ impl Reader {
                 match (source["token"].as_str(), source["token_id"].as_u64()) {
                     (Some(text), None) => TokenRow::Other(of, Ok(text.to_owned())),
                     (None, Some(id)) => TokenRow::Other(of, Err(id as usize)),
-                    _ => return Err(Error::recipe(&at, "give exactly one of `token` and `token_id`")),
+                    _ => {
+                        return Err(Error::recipe(
+                            &at,
+                            "give exactly one of `token` and `token_id`",
+                        ));
+                    }
                 }
             }
             Some(other) => {
@@ -367,7 +390,8 @@ impl Config {
         let own = names(self.method);
         let anyone: Vec<String> = KERNELS.iter().flat_map(names).collect();
         let method = self.method.about.name.replace('-', "_");
-        let mut places: Vec<(String, &Settings)> = vec![("parameters".to_owned(), &self.parameters)];
+        let mut places: Vec<(String, &Settings)> =
+            vec![("parameters".to_owned(), &self.parameters)];
         for (i, slice) in self.slices.iter().enumerate() {
             let at = if self.whole { "models".to_owned() } else { format!("slices[{i}]") };
             places.push((at.clone(), &slice.parameters));
@@ -396,8 +420,10 @@ impl Config {
                 return Err(Error::recipe(at, problem));
             }
         }
-        let said: Vec<String> =
-            idle.iter().map(|(key, at)| format!("{at}: `{key}` has no effect on {method}")).collect();
+        let said: Vec<String> = idle
+            .iter()
+            .map(|(key, at)| format!("{at}: `{key}` has no effect on {method}"))
+            .collect();
         self.warnings.extend(said);
         Ok(self)
     }
@@ -407,7 +433,12 @@ impl Config {
 fn names(maker: &Maker) -> Vec<String> {
     let schema = (maker.schema)();
     let properties = schema["properties"].as_object();
-    properties.into_iter().flatten().map(|(name, _)| name.clone()).filter(|name| name != "dtype").collect()
+    properties
+        .into_iter()
+        .flatten()
+        .map(|(name, _)| name.clone())
+        .filter(|name| name != "dtype")
+        .collect()
 }
 
 fn object<'a>(value: &'a Value, at: &str) -> Result<&'a Map<String, Value>> {
@@ -432,14 +463,19 @@ fn settings(map: &Map<String, Value>, at: &str) -> Result<Settings> {
         None | Some(Value::Null) => Ok(Settings::new()),
         Some(value) => object(value, &format!("{at}.parameters"))?
             .iter()
-            .map(|(key, value)| Ok((key.clone(), Setting::parse(value, &format!("{at}: `{key}`"))?)))
+            .map(|(key, value)| {
+                Ok((key.clone(), Setting::parse(value, &format!("{at}: `{key}`"))?))
+            })
             .collect(),
     }
 }
 
 fn dtype(map: &Map<String, Value>, key: &'static str) -> Result<Option<DType>> {
     const NAMES: &[(&str, DType)] = &[
-        ("float32", DType::F32), ("float16", DType::F16), ("bfloat16", DType::BF16), ("float64", DType::F64),
+        ("float32", DType::F32),
+        ("float16", DType::F16),
+        ("bfloat16", DType::BF16),
+        ("float64", DType::F64),
     ];
     let Some(text) = text_of(map, key, "the recipe")? else { return Ok(None) };
     let name = text.strip_prefix("torch.").unwrap_or(&text);
@@ -451,7 +487,10 @@ fn dtype(map: &Map<String, Value>, key: &'static str) -> Result<Option<DType>> {
                 Some(near) => format!(" (did you mean `{near}`?)"),
                 None => String::new(),
             };
-            Err(Error::recipe(key, format!("unknown type `{text}`{hint}; there are {}", known.join(", "))))
+            Err(Error::recipe(
+                key,
+                format!("unknown type `{text}`{hint}; there are {}", known.join(", ")),
+            ))
         }
     }
 }
@@ -485,12 +524,19 @@ fn model(value: &Value, at: &str) -> Result<Option<String>> {
                 Value::String(text) => text.clone(),
                 inner => match inner["path"].as_str() {
                     Some(path) => with(path, inner["revision"].as_str()),
-                    None => return Err(Error::recipe(at, "expected a model: a path, or {model: {path, revision}}")),
+                    None => {
+                        return Err(Error::recipe(
+                            at,
+                            "expected a model: a path, or {model: {path, revision}}",
+                        ));
+                    }
                 },
             };
             match &map.get("lora") {
                 Some(Value::String(lora)) => Err(adapter(&name, lora)),
-                Some(Value::Object(lora)) => Err(adapter(&name, lora["path"].as_str().unwrap_or("ADAPTER"))),
+                Some(Value::Object(lora)) => {
+                    Err(adapter(&name, lora["path"].as_str().unwrap_or("ADAPTER")))
+                }
                 _ => Ok(Some(name)),
             }
         }
@@ -535,7 +581,10 @@ mod tests {
     fn unknown_names_get_the_nearest() {
         let swap = |from: &str, to: &str| error(&TIES.replace(from, to));
         assert!(swap("merge_method: ties", "merge_method: tise").contains("did you mean `ties`"));
-        assert!(swap("merge_method: ties", "merge_method: dare-tis").contains("did you mean `dare_ties`"));
+        assert!(
+            swap("merge_method: ties", "merge_method: dare-tis")
+                .contains("did you mean `dare_ties`")
+        );
         assert!(swap("density", "densty").contains("did you mean `density`"));
         assert!(swap("base_model", "base_modle").contains("did you mean `base_model`"));
         assert!(swap("bfloat16", "bflot16").contains("did you mean `bfloat16`"));
@@ -550,12 +599,16 @@ mod tests {
     #[test]
     fn what_is_not_read_is_refused_in_words() {
         assert!(error("merge_method: linear\nexperts: []\nmodels: []\n").contains("mergekit-moe"));
-        assert!(error("merge_method: linear\nmodules: {a: {models: []}}\n").contains("not read yet"));
+        assert!(
+            error("merge_method: linear\nmodules: {a: {models: []}}\n").contains("not read yet")
+        );
         assert!(error("merge_method: linear\n").contains("exactly one of"));
         assert!(error("models: [{model: a}]\n").contains("merge_method"));
         assert!(error(&TIES.replace("model: a", "model: a+lora")).contains("merge-adapter"));
         let slices = |range: &str| {
-            error(&format!("merge_method: passthrough\nslices:\n  - sources: [{{model: a{range}}}]\n"))
+            error(&format!(
+                "merge_method: passthrough\nslices:\n  - sources: [{{model: a{range}}}]\n"
+            ))
         };
         assert!(slices("").contains("layer_range"));
         assert!(slices(", layer_range: [4, 2]").contains("above FROM"));

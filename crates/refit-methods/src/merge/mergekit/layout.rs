@@ -14,14 +14,15 @@ use crate::error::{Error, Result};
 use crate::inputs::{Inputs, ModelInput};
 use crate::merge::fold::check_alike;
 use crate::merge::group::Part;
-use crate::merge::program::{Program, Stored, Work, is_vocabulary, names};
+use crate::merge::program::{Program, Stored, Work, is_buffer, is_vocabulary, names};
 use crate::method::{Action, Need};
 
 /// Parameters that mergekit wants to be told.
 const REQUIRED: &[&str] = &["weight", "t"];
 
 /// What a per-model parameter is where only other models say.
-const DEFAULTS: &[(&str, f64)] = &[("density", 1.0), ("gamma", 0.01), ("epsilon", 0.15), ("scale", 1.0)];
+const DEFAULTS: &[(&str, f64)] =
+    &[("density", 1.0), ("gamma", 0.01), ("epsilon", 0.15), ("scale", 1.0)];
 
 /// Configuration keys that count the layers.
 const LAYER_KEYS: &[&str] = &["num_hidden_layers", "n_layer", "num_layers", "n_layers"];
@@ -134,10 +135,13 @@ impl<'a> Layout<'a> {
         {
             sources.push(Source { model: base.clone(), range: None, parameters: Settings::new() });
         }
-        let members: Vec<ModelInput> =
-            sources.iter().map(|source| self.models[self.place_of(&source.model)].clone()).collect();
+        let members: Vec<ModelInput> = sources
+            .iter()
+            .map(|source| self.models[self.place_of(&source.model)].clone())
+            .collect();
         for source in &sources[1..] {
-            let (a, b) = (layers(self.artifact(&sources[0].model)), layers(self.artifact(&source.model)));
+            let (a, b) =
+                (layers(self.artifact(&sources[0].model)), layers(self.artifact(&source.model)));
             if a != b && !a.is_empty() && !b.is_empty() {
                 let total = |layers: &BTreeMap<_, usize>| layers.values().sum::<usize>();
                 return Err(Error::Mismatch {
@@ -153,7 +157,8 @@ impl<'a> Layout<'a> {
         }
         // The first model that goes along decides on names; the base is that, where there is one.
         let mut ordered = members.clone();
-        let first = config.base.as_ref().and_then(|base| sources.iter().position(|s| s.model == *base));
+        let first =
+            config.base.as_ref().and_then(|base| sources.iter().position(|s| s.model == *base));
         ordered.swap(0, first.unwrap_or(0));
         let architecture = ordered[0].artifact.architecture();
         let counts = layers(&ordered[0].artifact);
@@ -195,6 +200,7 @@ impl<'a> Layout<'a> {
             let (from, to) = slice.sources[0].range.unwrap_or((0, 0));
             let template = self.artifact(&slice.sources[0].model);
             for offset in 0..to - from {
+                self.check_layer(slice, offset)?;
                 for name in layer_tensors(template, from + offset) {
                     let at = |layer: usize| renumber(&name, from + offset, layer);
                     let start = |source: &Source| source.range.map_or(0, |range| range.0);
@@ -209,17 +215,39 @@ impl<'a> Layout<'a> {
         Ok(())
     }
 
+    /// Refuses tensors of a layer that the slice's first source does not have: they would be lost.
+    fn check_layer(&self, slice: &Slice, offset: usize) -> Result<()> {
+        let start = |source: &Source| source.range.map_or(0, |range| range.0) + offset;
+        let first = &slice.sources[0];
+        let template = layer_tensors(self.artifact(&first.model), start(first));
+        for source in &slice.sources[1..] {
+            for name in layer_tensors(self.artifact(&source.model), start(source)) {
+                let there = renumber(&name, start(source), start(first));
+                if !template.contains(&there) && !is_buffer(&name) {
+                    let problem = format!("{} has no such tensor in layer {}", first.model, start(first));
+                    return Err(Error::tensor(&source.model, name, problem));
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn check_slice(&self, slice: &Slice, at: &str) -> Result<()> {
         let length = |source: &Source| source.range.map_or(0, |(from, to)| to - from);
         for (k, source) in slice.sources.iter().enumerate() {
             let at = format!("{at}.sources[{k}]");
             let counts = layers(self.artifact(&source.model));
             let [count] = counts.values().copied().collect::<Vec<_>>()[..] else {
-                let problem = format!("{} has {} stacks of layers; slices need one", source.model, counts.len());
+                let problem = format!(
+                    "{} has {} stacks of layers; slices need one",
+                    source.model,
+                    counts.len()
+                );
                 return Err(Error::recipe(at, problem));
             };
             if let Some((_, to)) = source.range.filter(|(_, to)| *to > count) {
-                let problem = format!("layer_range ends at {to}, and {} has {count} layers", source.model);
+                let problem =
+                    format!("layer_range ends at {to}, and {} has {count} layers", source.model);
                 return Err(Error::recipe(at, problem));
             }
             if length(source) != length(&slice.sources[0]) {
@@ -246,17 +274,28 @@ impl<'a> Layout<'a> {
             // Tensors in layers may differ; the others must agree as in a merge of whole models.
             let artifact = &members[0].artifact;
             for info in artifact.tensors() {
-                if layer_of(artifact, &info.name).is_none() && comes_before(artifact, &info.name) == before {
+                if layer_of(artifact, &info.name).is_none()
+                    && comes_before(artifact, &info.name) == before
+                {
                     found.push((info.name.clone(), before));
                 }
             }
-            // A head that only some models tie.
             for other in &members[1..] {
                 for info in other.artifact.tensors() {
                     let name = &info.name;
-                    let tied = artifact.architecture().site(name).is_some_and(|s| s.tied_to.is_some());
-                    if tied && !before && found.iter().all(|(known, _)| known != name) {
-                        found.push((name.clone(), false));
+                    let here = layer_of(&other.artifact, name).is_none()
+                        && comes_before(&other.artifact, name) == before;
+                    if !here || artifact.contains(name) || is_buffer(name) {
+                        continue;
+                    }
+                    // A head that only some models tie; anything else would be lost.
+                    let site = artifact.architecture().site(name);
+                    if site.is_none_or(|site| site.tied_to.is_none()) {
+                        let problem = format!("{} has no such tensor", members[0].source);
+                        return Err(Error::tensor(&other.source, name, problem));
+                    }
+                    if found.iter().all(|(known, _)| known != name) {
+                        found.push((name.clone(), before));
                     }
                 }
             }
@@ -271,21 +310,26 @@ impl<'a> Layout<'a> {
         let at = |what: &str| if self.config.whole { "models".to_owned() } else { what.to_owned() };
         let models: Vec<&String> = place.sources.iter().map(|source| &source.model).collect();
         if let Some(twice) = models.iter().enumerate().find(|(i, m)| models[..*i].contains(m)) {
-            let problem = format!("{} is given twice; models of a merge are different ones", twice.1);
+            let problem =
+                format!("{} is given twice; models of a merge are different ones", twice.1);
             return Err(Error::recipe(at("slices"), problem));
         }
         let wanted = place.slice.base.as_ref().or(self.config.base.as_ref());
         let base = match (about.base, wanted) {
             (Need::No, _) => None,
             (Need::Required, None) => {
-                let problem = format!("it is missing: {method} needs the model that the others were fine-tuned from");
+                let problem = format!(
+                    "it is missing: {method} needs the model that the others were fine-tuned from"
+                );
                 return Err(Error::recipe("base_model", problem));
             }
             (Need::Optional, None) => None,
             (_, Some(name)) => match models.iter().position(|model| *model == name) {
                 Some(base) => Some(base),
                 None => {
-                    let problem = format!("the base {name} is not among the sources; add it with its layer_range");
+                    let problem = format!(
+                        "the base {name} is not among the sources; add it with its layer_range"
+                    );
                     return Err(Error::recipe(at("slices"), problem));
                 }
             },
@@ -299,7 +343,8 @@ impl<'a> Layout<'a> {
                 None => format!("at least {least}"),
             };
             let than = if about.base == Need::No { "" } else { " beside the base" };
-            let problem = format!("{method} takes {bound} models{than}, and {} are given", beside.len());
+            let problem =
+                format!("{method} takes {bound} models{than}, and {} are given", beside.len());
             return Err(Error::recipe(at("slices"), problem));
         }
         let parameters = self.parameters(&place, &beside)?;
@@ -367,7 +412,10 @@ impl<'a> Layout<'a> {
             };
             let missing = |who: &str| {
                 let method = self.config.method.about.name.replace('-', "_");
-                let problem = format!("{method} needs `{name}`{who}, and the recipe does not give it for `{}`", place.out);
+                let problem = format!(
+                    "{method} needs `{name}`{who}, and the recipe does not give it for `{}`",
+                    place.out
+                );
                 Error::recipe("parameters", problem)
             };
             if !per_model {
@@ -398,7 +446,8 @@ impl<'a> Layout<'a> {
                 return Err(missing(&format!(" for {}", source.model)));
             }
             if values.iter().any(|(_, value)| value.is_some()) {
-                let default = DEFAULTS.iter().find(|(of, _)| of == name).map_or(1.0, |(_, value)| *value);
+                let default =
+                    DEFAULTS.iter().find(|(of, _)| of == name).map_or(1.0, |(_, value)| *value);
                 let filled = values.into_iter().map(|(_, value)| value.unwrap_or(json!(default)));
                 found.insert(name.clone(), filled.collect());
             }
@@ -448,7 +497,8 @@ impl<'a> Layout<'a> {
         }
         let written = config.out_dtype.or(config.dtype);
         if written == Some(DType::F64) {
-            let problem = "refit writes what it adds up in f64 as f32 at most; say out_dtype: float32";
+            let problem =
+                "refit writes what it adds up in f64 as f32 at most; say out_dtype: float32";
             return Err(Error::recipe("dtype", problem));
         }
         program.set_config(donor, &set, written);
@@ -463,7 +513,9 @@ impl<'a> Layout<'a> {
         if self.compat {
             program.rounding = config.dtype;
         } else if matches!(config.dtype, Some(DType::F16 | DType::BF16)) {
-            program.notes.push("sums are f64 and rounded once; mergekit rounds every step to `dtype`".to_owned());
+            program.notes.push(
+                "sums are f64 and rounded once; mergekit rounds every step to `dtype`".to_owned(),
+            );
         }
         Ok(program)
     }
@@ -491,7 +543,8 @@ impl<'a> Layout<'a> {
             for (model, (from, to)) in &taken {
                 let theirs = list(self.artifact(model).config()).unwrap_or_default();
                 let part = theirs.get(*from..*to).ok_or_else(|| {
-                    let problem = format!("`{key}` of its configuration does not have an entry per layer");
+                    let problem =
+                        format!("`{key}` of its configuration does not have an entry per layer");
                     Error::recipe(*model, problem)
                 })?;
                 joined.extend(part.iter().cloned());
@@ -558,7 +611,10 @@ mod tests {
 
     #[test]
     fn only_the_layers_number_changes() {
-        assert_eq!(renumber("model.layers.3.mlp.experts.3.w1.weight", 3, 11), "model.layers.11.mlp.experts.3.w1.weight");
+        assert_eq!(
+            renumber("model.layers.3.mlp.experts.3.w1.weight", 3, 11),
+            "model.layers.11.mlp.experts.3.w1.weight"
+        );
         assert_eq!(renumber("h.13.attn.weight", 13, 2), "h.2.attn.weight");
         assert_eq!([way(0, 5), way(2, 5), way(4, 5), way(0, 1)], [0.0, 0.5, 1.0, 1.0]);
     }

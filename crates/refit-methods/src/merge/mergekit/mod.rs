@@ -71,7 +71,9 @@ impl Recipe {
 
 impl Configured for Recipe {
     fn info(&self) -> &'static Info {
-        self.entry().map(|entry| entry.info).expect("invariant: every kernel's method is registered")
+        self.entry()
+            .map(|entry| entry.info)
+            .expect("invariant: every kernel's method is registered")
     }
 
     fn parameters(&self) -> Value {

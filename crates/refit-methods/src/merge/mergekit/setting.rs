@@ -201,12 +201,16 @@ mod tests {
 
     #[test]
     fn what_is_no_value_is_an_error() {
-        for value in [json!([[1]]), json!({"filtr": "x", "value": 1}), json!([{"filter": "x"}]), json!(null)] {
+        for value in
+            [json!([[1]]), json!({"filtr": "x", "value": 1}), json!([{"filter": "x"}]), json!(null)]
+        {
             let error = Setting::parse(&value, "density of a").unwrap_err().to_string();
             assert!(error.contains("density of a"), "{error}");
         }
         let word = Setting::parse(&json!("lots"), "t").unwrap();
-        assert!(word.evaluate("", 0.0, Kind::Number, "t").unwrap_err().to_string().contains("`lots`"));
+        assert!(
+            word.evaluate("", 0.0, Kind::Number, "t").unwrap_err().to_string().contains("`lots`")
+        );
         let half = Setting::parse(&json!(0.5), "max_iter").unwrap();
         assert!(half.evaluate("", 0.0, Kind::Integer, "max_iter").is_err());
     }

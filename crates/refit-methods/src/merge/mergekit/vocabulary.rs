@@ -16,13 +16,28 @@ use crate::merge::group::{Row, RowMap};
 
 /// Files that make up a tokenizer.
 const FILES: &[&str] = &[
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
 ];
 
 /// Those that hold a vocabulary of their own and know nothing of added tokens.
-const OLDER: &[&str] =
-    &["added_tokens.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"];
+const OLDER: &[&str] = &[
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+];
 
 /// The output's vocabulary.
 #[derive(Debug)]
@@ -76,7 +91,10 @@ impl Vocabulary {
             Whose::Model(name) => (place(name), false),
         };
         let Some(mut json) = jsons[donor].clone() else {
-            let problem = format!("{} has no tokenizer.json, so its tokens have no names", models[donor].source);
+            let problem = format!(
+                "{} has no tokenizer.json, so its tokens have no names",
+                models[donor].source
+            );
             return Err(Error::recipe("tokenizer_source", problem));
         };
         for at in 0..models.len() {
@@ -111,7 +129,8 @@ impl Vocabulary {
                 added.push(add(&mut json, &mut known, token, None));
             }
         }
-        let mut ids: Vec<(usize, String)> = known.into_iter().map(|(token, id)| (id, token)).collect();
+        let mut ids: Vec<(usize, String)> =
+            known.into_iter().map(|(token, id)| (id, token)).collect();
         ids.sort();
         let tokens = ids.last().map_or(0, |(id, _)| id + 1);
         let rows = wanted.multiple.map_or(tokens, |multiple| tokens.next_multiple_of(multiple));
@@ -132,7 +151,11 @@ impl Vocabulary {
             "the output has {rows} rows of vocabulary: {} tokens of {}{}",
             vocabulary.ids.len(),
             models[donor].source,
-            if added.is_empty() { String::new() } else { format!(", {} of them added", added.len()) }
+            if added.is_empty() {
+                String::new()
+            } else {
+                format!(", {} of them added", added.len())
+            }
         ));
         Ok(vocabulary)
     }
@@ -190,7 +213,8 @@ impl Vocabulary {
         };
         set("tokenizer.json", json);
         let config = artifact.side_files().iter().find(|file| file.name == "tokenizer_config.json");
-        let config = config.and_then(|file| serde_json::from_slice::<Value>(&file.read().ok()?).ok());
+        let config =
+            config.and_then(|file| serde_json::from_slice::<Value>(&file.read().ok()?).ok());
         if let Some(Value::Object(mut config)) = config
             && let Some(Value::Object(known)) = config.get_mut("added_tokens_decoder")
         {
@@ -231,7 +255,9 @@ impl Vocabulary {
             let own: Vec<Option<usize>> = parts
                 .iter()
                 .zip(&sizes)
-                .map(|((model, _), size)| self.of[*model].get(token).copied().filter(|row| row < size))
+                .map(|((model, _), size)| {
+                    self.of[*model].get(token).copied().filter(|row| row < size)
+                })
                 .collect();
             let special = self.special.iter().find(|(of, _)| *of == id).map(|(_, special)| special);
             let present = || own.iter().enumerate().filter_map(|(at, row)| Some((at, (*row)?)));
@@ -281,7 +307,10 @@ fn rows_of(artifact: &Artifact) -> Option<usize> {
 fn read(model: &ModelInput) -> Result<Option<Value>> {
     let Some(bytes) = model.artifact.tokenizer_json()? else { return Ok(None) };
     serde_json::from_slice(&bytes).map(Some).map_err(|error| {
-        Error::recipe("tokenizer", format!("{}: tokenizer.json is not valid JSON: {error}", model.source))
+        Error::recipe(
+            "tokenizer",
+            format!("{}: tokenizer.json is not valid JSON: {error}", model.source),
+        )
     })
 }
 
@@ -290,7 +319,8 @@ fn ids_of(json: &Value) -> HashMap<String, usize> {
     let mut ids = HashMap::new();
     match &json["model"]["vocab"] {
         Value::Object(map) => {
-            let known = map.iter().filter_map(|(token, id)| Some((token.clone(), id.as_u64()? as usize)));
+            let known =
+                map.iter().filter_map(|(token, id)| Some((token.clone(), id.as_u64()? as usize)));
             ids.extend(known);
         }
         Value::Array(list) => {
@@ -322,9 +352,13 @@ fn add(
     let mut entry = Map::new();
     entry.insert("id".to_owned(), json!(id));
     entry.insert("content".to_owned(), json!(token));
-    for (name, default) in
-        [("single_word", false), ("lstrip", false), ("rstrip", false), ("normalized", true), ("special", false)]
-    {
+    for (name, default) in [
+        ("single_word", false),
+        ("lstrip", false),
+        ("rstrip", false),
+        ("normalized", true),
+        ("special", false),
+    ] {
         entry.insert(name.to_owned(), flag(name, default));
     }
     let entry = Value::Object(entry);
