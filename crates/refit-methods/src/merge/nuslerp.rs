@@ -63,7 +63,7 @@ impl Merge for Nuslerp {
             (false, true) => Along::First,
             (false, false) => Along::Last,
         };
-        Ok(Arc::new(Arc2 { t, along }))
+        Ok(Arc::new(Way { t, along }))
     }
 }
 
@@ -77,12 +77,12 @@ enum Along {
 
 /// The way between two vectors.
 #[derive(Debug)]
-struct Arc2 {
+struct Way {
     t: f64,
     along: Along,
 }
 
-impl Arc2 {
+impl Way {
     /// Factors of both inputs, from their three inner products.
     fn factors(&self, aa: f64, bb: f64, ab: f64) -> [f64; 2] {
         let (a, b) = factors(self.t, ab / (aa.sqrt().max(1e-7) * bb.sqrt().max(1e-7)), PARALLEL);
@@ -94,7 +94,7 @@ impl Arc2 {
     }
 }
 
-impl Kernel for Arc2 {
+impl Kernel for Way {
     fn looks(&self) -> bool {
         !matches!(self.along, Along::Last)
     }

@@ -2,13 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use refit_store::Artifact;
 use refit_store::architecture::Role;
-use refit_store::{Artifact, Config as ModelConfig, DType, SideFile};
-use serde_json::{Map, Value, json};
 
-use super::chat;
 use super::config::{Config, Slice, Source};
-use super::setting::{Kind, Setting, Settings};
+use super::setting::{Kind, Settings};
 use super::vocabulary::Vocabulary;
 use crate::error::{Error, Result};
 use crate::inputs::{Inputs, ModelInput};
@@ -17,19 +15,10 @@ use crate::merge::group::Part;
 use crate::merge::program::{Program, Stored, Work, is_buffer, is_vocabulary, names};
 use crate::method::{Action, Need};
 
-/// Parameters that mergekit wants to be told.
-const REQUIRED: &[&str] = &["weight", "t"];
+mod output;
+mod parameters;
 
-/// What a per-model parameter is where only other models say.
-const DEFAULTS: &[(&str, f64)] =
-    &[("density", 1.0), ("gamma", 0.01), ("epsilon", 0.15), ("scale", 1.0)];
-
-/// Configuration keys that count the layers.
-const LAYER_KEYS: &[&str] = &["num_hidden_layers", "n_layer", "num_layers", "n_layers"];
-
-/// Configuration keys that say something of every layer.
-const PER_LAYER: &[&str] =
-    &["layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers"];
+use parameters::kinds;
 
 /// Lays a recipe out. `names` are the models' names in it, in the order of `inputs.models`.
 pub struct Layout<'a> {
@@ -99,21 +88,6 @@ pub fn program(
         false => layout.stacked()?,
     }
     layout.finish(inputs)
-}
-
-/// What the method's parameters are.
-fn kinds(config: &Config) -> BTreeMap<String, (Kind, bool)> {
-    let schema = (config.method.schema)();
-    let properties = schema["properties"].as_object().cloned().unwrap_or_default();
-    let kind = |name: &str, field: &Value| match field["type"].as_str() {
-        Some("array") => Some((Kind::Number, true)),
-        Some("number") => Some((Kind::Number, false)),
-        Some("integer") => Some((Kind::Integer, false)),
-        Some("boolean") => Some((Kind::Bool, false)),
-        _ if name == "rescale" => Some((Kind::Bool, false)),
-        _ => None,
-    };
-    properties.iter().filter_map(|(name, field)| Some((name.clone(), kind(name, field)?))).collect()
 }
 
 impl<'a> Layout<'a> {
@@ -224,7 +198,8 @@ impl<'a> Layout<'a> {
             for name in layer_tensors(self.artifact(&source.model), start(source)) {
                 let there = renumber(&name, start(source), start(first));
                 if !template.contains(&there) && !is_buffer(&name) {
-                    let problem = format!("{} has no such tensor in layer {}", first.model, start(first));
+                    let problem =
+                        format!("{} has no such tensor in layer {}", first.model, start(first));
                     return Err(Error::tensor(&source.model, name, problem));
                 }
             }
@@ -392,165 +367,6 @@ impl<'a> Layout<'a> {
         }
         let maps = vocabulary.maps(&named, self.models)?;
         parts.iter_mut().zip(maps).for_each(|(part, map)| part.rows = Some(map));
-        Ok(())
-    }
-
-    /// The method's parameters for one tensor.
-    fn parameters(&self, place: &Place, beside: &[usize]) -> Result<Value> {
-        let shared = [&place.slice.parameters, &self.config.parameters];
-        let mut found = Map::new();
-        for (name, (kind, per_model)) in &self.kinds {
-            let at = format!("`{name}` of `{}`", place.out);
-            let look = |levels: &[&Settings], tensor: &str| -> Result<Option<Value>> {
-                for setting in levels.iter().filter_map(|level| level.get(name)) {
-                    let setting: &Setting = setting;
-                    if let Some(value) = setting.evaluate(tensor, place.t, *kind, &at)? {
-                        return Ok(Some(value));
-                    }
-                }
-                Ok(None)
-            };
-            let missing = |who: &str| {
-                let method = self.config.method.about.name.replace('-', "_");
-                let problem = format!(
-                    "{method} needs `{name}`{who}, and the recipe does not give it for `{}`",
-                    place.out
-                );
-                Error::recipe("parameters", problem)
-            };
-            if !per_model {
-                match look(&shared, &place.out)? {
-                    Some(value) if name == "rescale" => {
-                        found.insert(name.clone(), json!(self.rescale(value == json!(true))));
-                    }
-                    Some(value) => {
-                        found.insert(name.clone(), value);
-                    }
-                    None if REQUIRED.contains(&name.as_str()) => return Err(missing("")),
-                    None if name == "rescale" && self.compat && self.is_random() => {
-                        found.insert(name.clone(), json!("l1"));
-                    }
-                    None => {}
-                }
-                continue;
-            }
-            let mut values = Vec::new();
-            for k in beside {
-                let source = &place.sources[*k];
-                let levels = [&source.parameters, shared[0], shared[1]];
-                values.push((source, look(&levels, &place.tensors[*k])?));
-            }
-            if let Some((source, _)) = values.iter().find(|(_, value)| value.is_none())
-                && REQUIRED.contains(&name.as_str())
-            {
-                return Err(missing(&format!(" for {}", source.model)));
-            }
-            if values.iter().any(|(_, value)| value.is_some()) {
-                let default =
-                    DEFAULTS.iter().find(|(of, _)| of == name).map_or(1.0, |(_, value)| *value);
-                let filled = values.into_iter().map(|(_, value)| value.unwrap_or(json!(default)));
-                found.insert(name.clone(), filled.collect());
-            }
-        }
-        Ok(Value::Object(found))
-    }
-
-    fn is_random(&self) -> bool {
-        ["dare", "della"].iter().any(|name| self.config.method.about.name.starts_with(name))
-    }
-
-    /// What mergekit's `rescale` is here.
-    fn rescale(&self, on: bool) -> &'static str {
-        match (on, self.is_random() && !self.compat) {
-            (false, _) => "none",
-            (true, true) => "unbiased",
-            (true, false) => "l1",
-        }
-    }
-
-    fn finish(mut self, inputs: &Inputs) -> Result<Program> {
-        let config = self.config;
-        let donor = &inputs.models[0];
-        let mut set: Vec<(&str, Value)> = Vec::new();
-        if !config.whole {
-            self.count_layers(&mut set)?;
-        }
-        let mut program = std::mem::take(&mut self.program);
-        if let Some(vocabulary) = self.vocabulary.take() {
-            set.push(("vocab_size", json!(vocabulary.rows)));
-            program.side_files.extend(vocabulary.files);
-            program.dropped.extend(vocabulary.dropped);
-            program.notes.extend(vocabulary.notes);
-        }
-        if let Some(wanted) = &config.chat_template
-            && let Some(template) = chat::choose(wanted, &inputs.models)?
-        {
-            let find = |files: &[SideFile]| {
-                files.iter().find(|file| file.name == "tokenizer_config.json").cloned()
-            };
-            let known = find(&program.side_files).or_else(|| find(donor.artifact.side_files()));
-            let known = known.map(|file| file.read()).transpose()?;
-            for file in chat::files(&template, known)? {
-                program.side_files.retain(|other| other.name != file.name);
-                program.side_files.push(file);
-            }
-        }
-        let written = config.out_dtype.or(config.dtype);
-        if written == Some(DType::F64) {
-            let problem =
-                "refit writes what it adds up in f64 as f32 at most; say out_dtype: float32";
-            return Err(Error::recipe("dtype", problem));
-        }
-        program.set_config(donor, &set, written);
-        program.warnings.extend(config.warnings.iter().cloned());
-        if self.is_random() && !self.compat {
-            program.notes.push(
-                "what is kept of a change is divided by the probability of keeping it, as in the paper; mergekit restores the \
-                 tensor's absolute sum instead (--mergekit-compat)"
-                    .to_owned(),
-            );
-        }
-        if self.compat {
-            program.rounding = config.dtype;
-        } else if matches!(config.dtype, Some(DType::F16 | DType::BF16)) {
-            program.notes.push(
-                "sums are f64 and rounded once; mergekit rounds every step to `dtype`".to_owned(),
-            );
-        }
-        Ok(program)
-    }
-
-    /// The number of layers, and lists that say something of every layer, in the output's configuration.
-    fn count_layers(&self, set: &mut Vec<(&'static str, Value)>) -> Result<()> {
-        let donor = self.models[0].artifact.config();
-        let before = layers(&self.models[0].artifact).values().copied().next().unwrap_or(0);
-        let slices = &self.config.slices;
-        let taken = slices.iter().filter_map(|slice| {
-            let source = &slice.sources[0];
-            Some((source.model.as_str(), source.range?))
-        });
-        let taken: Vec<(&str, (usize, usize))> = taken.collect();
-        let count: usize = taken.iter().map(|(_, (from, to))| to - from).sum();
-        if let Some(key) = LAYER_KEYS.iter().find(|key| donor.usize(key) == Some(before)) {
-            set.push((key, json!(count)));
-        }
-        for key in PER_LAYER {
-            let list = |config: &ModelConfig| config.get(key).and_then(Value::as_array).cloned();
-            if list(donor).is_none_or(|list| list.len() != before) {
-                continue;
-            }
-            let mut joined = Vec::new();
-            for (model, (from, to)) in &taken {
-                let theirs = list(self.artifact(model).config()).unwrap_or_default();
-                let part = theirs.get(*from..*to).ok_or_else(|| {
-                    let problem =
-                        format!("`{key}` of its configuration does not have an entry per layer");
-                    Error::recipe(*model, problem)
-                })?;
-                joined.extend(part.iter().cloned());
-            }
-            set.push((key, json!(joined)));
-        }
         Ok(())
     }
 }
