@@ -166,7 +166,7 @@ mod tests {
             at in any::<prop::sample::Index>(),
         ) {
             let rank = at.index(values.len());
-            let shape = [values.len().div_ceil(1), 1];
+            let shape = [values.len(), 1];
             let found = memory(&[values.clone()], None, &shape, |group| {
                 let cut = cuts(group, &[vec![rank as u64]], |piece, k| piece.inputs[k].to_vec())?;
                 let cut = cut[0][0].clone();
