@@ -233,8 +233,8 @@ fn what_cannot_be_merged_is_said_before_the_work() {
     says(&ties("density: 0.4", "density: 1.4"), &["density = 1.4", "from 0 to 1"]);
     says(&ties("weight: 0.5", "weight: .nan"), &["`weight`", "expected a value"]);
     says(&ties("weight: 0.5, ", ""), &["ties needs `weight` for a"]);
-    says(&ties("model: b", "model: a"), &["a is given twice"]);
-    says(&ties("model: b", "model: wide"), &["vocab_size", "12", "11"]);
+    says(&ties("{model: b", "{model: a"), &["a is given twice"]);
+    says(&ties("{model: b", "{model: wide"), &["vocab_size", "12", "11"]);
     let slices = |range: &str, more: &str| {
         format!(
             "merge_method: linear\nslices:\n  - sources:\n      - {{model: a, layer_range: [0, {range}]}}\n{more}parameters: {{weight: 1}}\n"

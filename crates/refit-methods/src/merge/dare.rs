@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::merge::delta::{Common, Drop, Rescale, Sparsify};
+use crate::merge::delta::{Common, Mask, Rescale, Sparsify};
 use crate::merge::group::Group;
 use crate::merge::kernel::{About, Kernel, Merge, one_or_many};
 use crate::method::{Need, Paper};
@@ -141,7 +141,7 @@ impl Sparsify for Bernoulli {
         false
     }
 
-    fn prepare<'k>(&'k self, group: &Group) -> Result<Drop<'k>> {
+    fn prepare<'k>(&'k self, group: &Group) -> Result<Mask<'k>> {
         let keys: Vec<u64> = (0..self.density.len()).map(|k| key(group, k)).collect();
         Ok(Box::new(move |piece, k, delta| {
             let density = self.density[k];

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::merge::dare::{key, uniform};
-use crate::merge::delta::{Common, Drop, Rescale, Sparsify};
+use crate::merge::delta::{Common, Mask, Rescale, Sparsify};
 use crate::merge::group::Group;
 use crate::merge::kernel::{About, Kernel, Merge, one_or_many, per_model};
 use crate::method::{Need, Paper};
@@ -170,7 +170,7 @@ impl Sparsify for Ranked {
         false
     }
 
-    fn prepare<'k>(&'k self, group: &Group) -> Result<Drop<'k>> {
+    fn prepare<'k>(&'k self, group: &Group) -> Result<Mask<'k>> {
         let keys: Vec<u64> = (0..self.density.len()).map(|k| key(group, k)).collect();
         let columns = group.columns();
         Ok(Box::new(move |piece, k, delta| {

@@ -35,7 +35,7 @@ pub enum Rescale {
 }
 
 /// Sets what is not kept of model `k`'s changes to zero.
-pub type Drop<'k> = Box<dyn Fn(&Piece, usize, &mut [f64]) + Send + Sync + 'k>;
+pub type Mask<'k> = Box<dyn Fn(&Piece, usize, &mut [f64]) + Send + Sync + 'k>;
 
 /// What a method keeps of a change.
 pub trait Sparsify: Debug + Send + Sync {
@@ -48,7 +48,7 @@ pub trait Sparsify: Debug + Send + Sync {
     ///
     /// # Errors
     /// As [`Kernel::prepare`].
-    fn prepare<'k>(&'k self, group: &Group) -> Result<Drop<'k>>;
+    fn prepare<'k>(&'k self, group: &Group) -> Result<Mask<'k>>;
 }
 
 /// Everything is kept.
@@ -60,7 +60,7 @@ impl Sparsify for Keep {
         false
     }
 
-    fn prepare<'k>(&'k self, _: &Group) -> Result<Drop<'k>> {
+    fn prepare<'k>(&'k self, _: &Group) -> Result<Mask<'k>> {
         Ok(Box::new(|_, _, _| {}))
     }
 }

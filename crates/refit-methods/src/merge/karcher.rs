@@ -140,8 +140,8 @@ mod tests {
             let u = unit(model);
             let along: f64 = u.iter().zip(&m).map(|(u, m)| u * m).sum();
             let angle = along.acos();
-            for i in 0..300 {
-                pull[i] += angle / angle.sin() * (u[i] - along * m[i]);
+            for (pull, (u, m)) in pull.iter_mut().zip(u.iter().zip(&m)) {
+                *pull += angle / angle.sin() * (u - along * m);
             }
         }
         assert!(norm(&pull) < 1e-5, "{}", norm(&pull));

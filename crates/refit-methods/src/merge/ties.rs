@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::merge::delta::{Common, Drop, Rescale, Sparsify};
+use crate::merge::delta::{Common, Mask, Rescale, Sparsify};
 use crate::merge::group::{Group, Piece};
 use crate::merge::kernel::{About, Kernel, Merge, one_or_many};
 use crate::merge::select::{Cut, cuts};
@@ -108,7 +108,7 @@ impl Sparsify for Trim {
         self.band.iter().any(|(density, _)| *density > 0.0 && *density < 1.0)
     }
 
-    fn prepare<'k>(&'k self, group: &Group) -> Result<Drop<'k>> {
+    fn prepare<'k>(&'k self, group: &Group) -> Result<Mask<'k>> {
         let n = group.numel();
         let bands: Vec<(usize, usize)> = (0..self.band.len()).map(|k| self.ranks(k, n)).collect();
         let inner = move |rank: &usize| *rank > 0 && *rank < n;

@@ -97,8 +97,8 @@ impl Vocabulary {
             );
             return Err(Error::recipe("tokenizer_source", problem));
         };
-        for at in 0..models.len() {
-            if jsons[at].is_none() {
+        for (at, json) in jsons.iter().enumerate() {
+            if json.is_none() {
                 // As mergekit takes it.
                 of[at] = of[base.unwrap_or(0)].clone();
             }
