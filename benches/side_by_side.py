@@ -190,7 +190,68 @@ def quickstart():
     target("quick start, wall time", seconds, 240, "s")
 
 
-BENCHES = {f.__name__: f for f in (open_gguf, prefill, decode, embed, soup, merge, data_free, pruning, quickstart)}
+def example(name, *args):
+    """One of refit-train's examples, which print a line of JSON; `cargo build --release --examples -p refit-train` makes them."""
+    program = Path(REFIT).resolve().parent / "examples" / name
+    if not program.exists():
+        raise SystemExit(f"no program at {program}: run 'cargo build --release -p refit-train --examples' first")
+    return json.loads(subprocess.run([str(program), *map(str, args)], check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def alternate(ours, theirs, rounds=3):
+    """Both sides in turn, so that a neighbour's noise falls on both; the fastest round of each."""
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    return min(o for o, _ in pairs), min(t for _, t in pairs)
+
+
+def train():
+    for precision in ("f32", "bf16"):
+        ours, theirs = alternate(
+            lambda: example("train_step", 15, 8, 128, precision)["seconds"],
+            lambda: peer("train_torch.py", 15, 8, 128, precision)["seconds"],
+        )
+        line(f"train step, 7.2M decoder, {precision}", ours, theirs, "s", False)
+        if precision == "f32":
+            target("train step, 7.2M-parameter decoder, f32, against PyTorch's speed", theirs / ours, 1.0, "x", higher_is_better=True)
+
+
+def images():
+    for model, what in (("cnn", "small CNN"), ("separable", "separable CNN"), ("vit", "ViT-Tiny")):
+        ours, theirs = alternate(lambda: example("train_images", model)["seconds"], lambda: peer("train_images_torch.py", model)["seconds"])
+        line(f"train {what}, 64 images of 28 x 28", 64 / ours, 64 / theirs, "images/s", True)
+        target(f"training of a {what}, images/s against PyTorch", theirs / ours, 1.0, "x", higher_is_better=True)
+
+
+def lora():
+    """SmolLM2, rank 8 on all linears, 4 x 256 tokens a step."""
+    with tempfile.TemporaryDirectory(dir=MODELS) as work:
+        text = Path(work) / "text.txt"
+        text.write_text(TEXT * 600)
+        for precision in ("f32", "bf16"):
+            flag = ["--bf16"] if precision == "bf16" else []
+            theirs = peer("lora_torch.py", MODELS / "smollm2-f32", text, "--threads", THREADS, *flag)
+            flags = ("--rank", 8, "--alpha", 16, "--target-modules", "all-linear", "--steps", 8, "--batch", 4, "--max-length", 256)
+            found, _, memory = refit("apply", "lora", MODELS / "smollm2-f32", "--data", text, "-o", Path(work) / precision, *flags, "--precision", precision, "--json")
+            lines = (Path(work) / precision / "training.jsonl").read_text().splitlines()
+            # Every token of a row but its first is learned; the peer counts rows whole.
+            rate = found["costs"]["learned_tokens_per_second"] * 256 / 255
+            ratio = line(f"LoRA r=8, {precision}, 4 x 256 tokens, {len(lines)} steps", rate, theirs["tokens_per_second"], "tokens/s", True)
+            share = line("  peak memory", memory, theirs["peak_rss_mb"], "MB", False)
+            if precision == "f32":
+                target("LoRA r=8 on SmolLM2, tokens/s against transformers and PEFT", ratio, 1.25, "x", higher_is_better=True)
+                target("LoRA r=8 on SmolLM2, peak memory against transformers and PEFT", share, 0.4, "x")
+
+
+def galore():
+    """Optimizer state of a decoder of SmolLM2's shape, measured, against the formula: 4 (m r + 2 n r) bytes for a matrix m <= n."""
+    adamw = example("train_memory", "adamw", "layers=4", "batch=1", "seq=64", "steps=2")
+    for setting, bound in (("galore", 1.0), ("galore8", 1.0)):
+        found = example("train_memory", setting, "layers=4", "batch=1", "seq=64", "steps=2")
+        line(f"optimizer state, {setting} rank 128 (peer: AdamW)", found["state"] / 2**20, adamw["state"] / 2**20, "MiB", False)
+        target(f"optimizer state of {setting}, rank 128, against the formula", found["state"] / found["state_by_formula"], bound, "x")
+
+
+BENCHES = {f.__name__: f for f in (open_gguf, prefill, decode, embed, soup, merge, data_free, pruning, quickstart, train, images, lora, galore)}
 for name in sys.argv[4:] or BENCHES:
     if name not in BENCHES:
         raise SystemExit(f"unknown bench {name}: {', '.join(BENCHES)}")

@@ -29,7 +29,7 @@ if ! have safetensors || ! have numpy; then
 fi
 if ! have torch || ! have transformers || ! have peft; then
   # shellcheck disable=SC2046
-  timeout "$limit" "$venv/bin/pip" install --quiet $(wanted 'torch|transformers|tokenizers|peft|accelerate') \
+  timeout "$limit" "$venv/bin/pip" install --quiet $(wanted 'torch|transformers|tokenizers|peft|accelerate|pillow') \
     || missing "torch, transformers and peft could not be installed in $limit s; only the files are checked"
 fi
 tiny=assets/tiny
@@ -60,12 +60,58 @@ done
 "$refit" run recipes/mergekit-stack.yml -o "$work/stack"
 "$venv/bin/python" scripts/interop.py "$refit" "$work"/{linear,karcher,multislerp,nuslerp,task-arithmetic,ties,dare-ties,della,breadcrumbs,model-stock,sce,slerp,arcee-fusion,nearswap,stack}
 
+# The same weights in other formats: GGUF, compressed-tensors and GPTQ decode to what refit reads, and say the same to transformers.
+"$refit" apply rtn "$tiny" -o "$work/rtn-asymmetric" --bits 4 --group 32 --asymmetric
+"$refit" apply rtn "$tiny" -o "$work/rtn-3" --bits 3 --group 32
+"$refit" apply rtn "$tiny" -o "$work/rtn-8" --bits 8
+for from in rtn finequant rtn-asymmetric; do
+  "$refit" export "$work/$from" --to gguf -o "$work/$from.gguf.d"
+  "$refit" export "$work/$from" --to compressed-tensors -o "$work/$from.ct"
+  "$refit" export "$work/$from" --to gptq --checkpoint-format gptq_v2 -o "$work/$from.gptq"
+done
+"$refit" export "$work/rtn-3" --to gptq -o "$work/rtn-3.gptq"
+"$refit" export "$work/rtn-8" --to compressed-tensors --activations int8 -o "$work/rtn-8.ct"
+for type in Q4_K Q8_0 BF16; do
+  "$refit" export "$tiny" --type "$type" -o "$work/$type.gguf.d"
+done
+if ! have gguf || ! have compressed_tensors; then
+  # shellcheck disable=SC2046
+  timeout 120 "$venv/bin/pip" install --quiet $(wanted 'gguf|compressed-tensors') || missing "gguf and compressed-tensors could not be installed"
+fi
+if have gguf; then
+  "$venv/bin/python" scripts/interop_exports.py "$refit" "$work"/*.gguf.d "$work"/*.ct "$work"/*.gptq
+fi
+
 # Methods that learn: whole models for transformers, adapters for PEFT, which must give a text the same likelihood as refit.
 learn=(--data builtin:kjv-calib --steps 3 --batch 2 --max-length 64 --learning-rate 5e-3)
 for method in fine-tune hft galore weight-compander; do
   "$refit" apply "$method" "$tiny" -o "$work/$method" "${learn[@]}"
 done
-"$venv/bin/python" scripts/interop.py "$refit" "$work"/{fine-tune,hft,galore,weight-compander}
+"$refit" apply bitfit "$tiny" -o "$work/bitfit" "${learn[@]}" --add-biases
+"$venv/bin/python" scripts/interop.py "$refit" "$work"/{fine-tune,hft,galore,weight-compander,bitfit}
+
+# Classifiers: transformers opens them by the class that their config names, and gives the same logits.
+if have transformers; then
+  "$venv/bin/python" scripts/interop_classifiers.py --make-data "$work/lesson"
+  for name in bert distilbert roberta; do
+    mkdir "$work/trunk-$name"
+    cp crates/refit-nn/tests/fixtures/hf/$name/{config.json,model.safetensors} "$work/lesson/vocab.txt" "$work/trunk-$name"
+  done
+  cp -r "$tiny" "$work/trunk-llama"
+  export REFIT_CACHE="$work/cache"
+  for name in bert distilbert roberta llama; do
+    "$refit" apply linear-probe "$work/trunk-$name" --data "$work/lesson/lesson.jsonl" -o "$work/probe-$name"
+    "$refit" apply lp-ft "$work/trunk-$name" --data "$work/lesson/lesson.jsonl" -o "$work/lp-ft-$name" --steps 3 --learning-rate 1e-3
+  done
+  "$venv/bin/python" scripts/interop_classifiers.py "$refit" "$work"/{probe,lp-ft}-{bert,distilbert,roberta,llama} --text "$work/lesson/lines.txt"
+  mkdir "$work/trunk-vit"
+  cp crates/refit-nn/tests/fixtures/hf/vit/{config.json,model.safetensors} "$work/trunk-vit"
+  "$refit" apply linear-probe "$work/trunk-vit" --labelled "$work/lesson/images" -o "$work/probe-vit"
+  "$venv/bin/python" scripts/interop_classifiers.py "$refit" "$work/probe-vit" --image "$work"/lesson/images/*/*.png
+  # A soup of classifiers, scored by accuracy.
+  "$refit" apply model-soups "$work/probe-bert" "$work/lp-ft-bert" --mode learned-by-tensor --steps 2 --labelled "$work/lesson/lesson.jsonl" -o "$work/soup-bert"
+  "$venv/bin/python" scripts/interop_classifiers.py "$refit" "$work/soup-bert" --text "$work/lesson/lines.txt"
+fi
 if have peft; then
   "$refit" apply lora "$tiny" -o "$work/lora" "${learn[@]}"
   "$refit" apply lora "$tiny" -o "$work/rslora" "${learn[@]}" --rslora --rank 4 --target-modules q_proj,down_proj

@@ -1,6 +1,6 @@
 """Time of one train step of a Llama-like decoder in PyTorch, f32, AdamW: the shape of refit-train's example `train_step`.
 
-    OMP_NUM_THREADS=2 python benches/peers/train_torch.py [STEPS] [BATCH] [SEQ]
+    OMP_NUM_THREADS=2 python benches/peers/train_torch.py [STEPS] [BATCH] [SEQ] [f32|bf16]     bf16: autocast
 """
 
 import json
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-steps, batch, seq = ([int(a) for a in sys.argv[1:]] + [15, 8, 128][len(sys.argv) - 1 :])[:3]
+numbers = [int(a) for a in sys.argv[1:] if a.isdigit()]
+steps, batch, seq = (numbers + [15, 8, 128][len(numbers) :])[:3]
+precision = torch.autocast("cpu", dtype=torch.bfloat16, enabled="bf16" in sys.argv)
 torch.set_num_threads(int(os.environ.get("THREADS", os.environ.get("OMP_NUM_THREADS", "2"))))
 torch.manual_seed(0)
 D, FFN, LAYERS, HEADS, VOCAB = 256, 768, 6, 8, 4096
@@ -66,8 +68,9 @@ seconds = []
 for _ in range(max(steps, 3)):
     start = time.perf_counter()
     optimizer.zero_grad(set_to_none=True)
-    logits = model(ids)
-    loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
+    with precision:
+        logits = model(ids)
+        loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB).float(), ids[:, 1:].reshape(-1))
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

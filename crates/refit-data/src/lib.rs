@@ -7,6 +7,7 @@
 //! | [`text`] | files as one token stream, cut into windows |
 //! | [`records`] | JSONL, CSV and Parquet tables, with checks |
 //! | [`examples`] | what a language model is trained on: ids, and which are learned |
+//! | [`classes`] | classified texts: a column of texts, a column of labels, the classes they name |
 //! | [`split`] | deterministic splits that leak nothing |
 //! | [`images`] | IDX, class folders, decoding, preprocessing |
 //! | [`corpus`] | text corpora from installed packages, and the small held-out texts that travel with refit |
@@ -15,6 +16,7 @@
 //!
 //! Every reader returns [`Error`], which names the file and the line or byte.
 
+pub mod classes;
 pub mod corpus;
 mod error;
 pub mod examples;

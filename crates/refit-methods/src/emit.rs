@@ -7,7 +7,8 @@ use rayon::prelude::*;
 use refit_store::architecture::{Layout, Site};
 use refit_store::artifact::Format;
 use refit_store::card::{Fact, Relation, licence_union};
-use refit_store::lineage::{DataUse, Parent};
+use refit_store::formats::gguf::write::Fields;
+use refit_store::lineage::{DataUse, Estimate, Measurement, Parent};
 use refit_store::writer::ArtifactWriter;
 use refit_store::{Card, DType, Lineage, SideFile, TensorSpec, WritePlan};
 use serde_json::{Value, json};
@@ -25,6 +26,20 @@ pub struct Emitter {
     writer: ArtifactWriter,
     /// What the models' weight files looked like when the work began.
     fingerprints: Vec<String>,
+    /// What the card says where the method's family does not decide it.
+    relation: Option<Relation>,
+    format: Format,
+}
+
+/// How an output is kept, where it is no copy of the first model with other values.
+#[derive(Debug, Clone)]
+pub struct Container {
+    /// Metadata of a GGUF file; `None` for safetensors.
+    pub gguf: Option<Fields>,
+    /// Files beside the weights.
+    pub side_files: Vec<SideFile>,
+    /// How the output relates to the first model.
+    pub relation: Relation,
 }
 
 impl Emitter {
@@ -34,7 +49,7 @@ impl Emitter {
     /// # Errors
     /// No output path, an output that exists, a directory that cannot be written.
     pub fn begin(inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Self> {
-        Self::begin_with(inputs, plan, cx, inputs.models[0].artifact.side_files().to_vec())
+        Self::begin_in(inputs, plan, cx, None)
     }
 
     /// As [`begin`](Self::begin), with other files beside the weights.
@@ -46,6 +61,29 @@ impl Emitter {
         plan: &Plan,
         cx: &Context,
         side_files: Vec<SideFile>,
+    ) -> Result<Self> {
+        Self::declare(inputs, plan, cx, None, Some(side_files))
+    }
+
+    /// As [`begin`](Self::begin), kept in another way.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn begin_in(
+        inputs: &Inputs,
+        plan: &Plan,
+        cx: &Context,
+        container: Option<Container>,
+    ) -> Result<Self> {
+        Self::declare(inputs, plan, cx, container, None)
+    }
+
+    fn declare(
+        inputs: &Inputs,
+        plan: &Plan,
+        cx: &Context,
+        container: Option<Container>,
+        side_files: Option<Vec<SideFile>>,
     ) -> Result<Self> {
         let out = cx.out()?;
         if !cx.resume
@@ -66,8 +104,8 @@ impl Emitter {
             .map(|tensor| TensorSpec {
                 name: tensor.name.clone(),
                 shape: tensor.shape.clone(),
-                dtype: DType::from_safetensors(&tensor.dtype)
-                    .expect("invariant: plans name types that safetensors has"),
+                dtype: DType::parse(&tensor.dtype)
+                    .expect("invariant: plans name types that can be written"),
             })
             .collect();
         let texts: Vec<String> =
@@ -83,7 +121,9 @@ impl Emitter {
             .map(|input| Ok(input.adapter.content_hash()?))
             .collect::<Result<Vec<String>>>()?;
         let data: Vec<String> = inputs.data.iter().map(|data| data.sha256()).collect();
+        let labelled = inputs.labelled.as_ref().map(|labelled| labelled.sha256()).transpose()?;
         let identity = json!({
+            "labelled": labelled,
             "adapters": adapters,
             "data": data,
             "refit": env!("CARGO_PKG_VERSION"),
@@ -93,15 +133,26 @@ impl Emitter {
             "texts": texts,
             "seed": cx.seed,
         });
+        let relation = container.as_ref().map(|container| container.relation);
+        let (gguf, side_files) = match container {
+            Some(container) => (container.gguf, container.side_files),
+            None => {
+                let own = || inputs.models[0].artifact.side_files().to_vec();
+                (None, side_files.unwrap_or_else(own))
+            }
+        };
+        let format = if gguf.is_some() { Format::Gguf } else { Format::Safetensors };
         let write = WritePlan {
             tensors,
+            gguf,
             max_shard_bytes: Some(SHARD),
             side_files,
             identity: refit_store::hash::hex(identity.to_string().as_bytes()),
             force: cx.force,
             weights_name: None,
         };
-        Ok(Self { writer: ArtifactWriter::create(out, write)?, fingerprints })
+        let writer = ArtifactWriter::create(out, write)?;
+        Ok(Self { writer, fingerprints, relation, format })
     }
 
     /// Whether an earlier, interrupted run finished this tensor.
@@ -158,14 +209,20 @@ impl Emitter {
         side_files: Vec<SideFile>,
         report: &Value,
     ) -> Result<PathBuf> {
-        let Self { mut writer, fingerprints } = self;
+        let Self { mut writer, fingerprints, relation, format } = self;
         for file in side_files {
             writer.add_side_file(file);
         }
         writer.finish_with(|| {
             let mut parents = parents(inputs, &fingerprints)?;
             parents.extend(adapter_parents(&inputs.adapters)?);
-            describe(parents, inputs, plan, cx, report)
+            let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
+            card.relation = relation.or(card.relation);
+            if format == Format::Gguf {
+                card.format = Fact::Known("gguf".to_owned());
+                card.library = "gguf".to_owned();
+            }
+            Ok((lineage, card))
         })
     }
 
@@ -263,6 +320,21 @@ fn describe(
             license: None,
         }))
         .collect();
+    lineage.measurements.extend(held_out(inputs, report));
+    if let Some(labelled) = &inputs.labelled {
+        let family = crate::registry::get(&plan.method)?.info.family;
+        let purpose = match family {
+            crate::method::Family::Adapt => "training",
+            _ => "evaluation",
+        };
+        lineage.data.push(DataUse {
+            name: name_of(&labelled.source()),
+            sha256: labelled.sha256()?,
+            purpose: purpose.into(),
+            size: Some(labelled.size()),
+            license: None,
+        });
+    }
     lineage.command = Some(command(inputs, plan, cx));
     let name = cx.out()?.file_name().map(|name| name.to_string_lossy().into_owned());
     let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
@@ -282,6 +354,19 @@ fn describe(
     Ok((lineage, card))
 }
 
+/// What a training measured on held-out text, when it did.
+fn held_out(inputs: &Inputs, report: &Value) -> Option<Measurement> {
+    let value = |when: &str| report[format!("held_out_perplexity_{when}")].as_f64();
+    let names: Vec<String> = inputs.text.iter().map(|text| name_of(&text.source)).collect();
+    Some(Measurement {
+        metric: "perplexity".into(),
+        dataset: names.join(", "),
+        n: report["held_out_tokens"].as_u64()?,
+        before: Estimate::new(value("before")?, None),
+        after: Estimate::new(value("after")?, None),
+    })
+}
+
 /// The licence that a model's own card states.
 fn licence(model: &ModelInput) -> (String, Fact<String>) {
     let path = model.artifact.path();
@@ -296,7 +381,11 @@ fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
     if let Some(words) = &plan.command {
         return words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
     }
-    let mut words = vec!["refit".to_owned(), "apply".to_owned(), plan.method.clone()];
+    let mut words = Vec::new();
+    if !cx.ranks.alone() {
+        words.extend(["mpirun".to_owned(), "-n".to_owned(), cx.ranks.size().to_string()]);
+    }
+    words.extend(["refit".to_owned(), "apply".to_owned(), plan.method.clone()]);
     words.extend(inputs.beside_base().map(|at| inputs.models[at].source.clone()));
     words.extend(inputs.adapters.iter().map(|adapter| adapter.source.clone()));
     for data in &inputs.data {
@@ -324,6 +413,9 @@ fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
             other => words.extend([flag, other.to_string()]),
         }
     }
+    if let Some(labelled) = &inputs.labelled {
+        words.extend(["--labelled".to_owned(), labelled.source()]);
+    }
     for text in &inputs.text {
         words.extend(["--text".to_owned(), text.source.clone()]);
     }
@@ -348,8 +440,10 @@ fn checks(report: &Value) -> Vec<String> {
         "sparsity",
         "ingredients",
         "trained_parameters",
-        "held_out_perplexity_before",
-        "held_out_perplexity_after",
+        "processes",
+        "classes",
+        "l2",
+        "held_out_accuracy",
     ]
     .iter()
     .filter_map(|key| Some(format!("{}: {}", key.replace('_', " "), report.get(*key)?)))

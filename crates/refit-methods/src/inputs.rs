@@ -1,6 +1,6 @@
 //! What is handed to a method: opened models, text, labelled examples.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use refit_data::{Records, Tokenizer};
@@ -8,6 +8,7 @@ use refit_store::Artifact;
 use refit_store::adapter::Adapter;
 
 use crate::error::{Error, Result};
+pub use crate::labelled::Labelled;
 use crate::method::{Info, Need};
 
 /// Everything that a method reads.
@@ -122,13 +123,6 @@ impl TrainingData {
     }
 }
 
-/// Labelled examples.
-#[derive(Clone, Debug)]
-pub enum Labelled {
-    /// Image files with class indices.
-    Images(Vec<(PathBuf, usize)>),
-}
-
 impl Inputs {
     /// The models beside the base, by their place.
     pub fn beside_base(&self) -> impl Iterator<Item = usize> {
@@ -194,7 +188,7 @@ impl Inputs {
         }
         if spec.labelled == Need::Required && self.labelled.is_none() {
             let what = spec.data_role.to_owned();
-            return Err(Error::MissingData { method: info.name, what, how: "--labelled DIR" });
+            return Err(Error::MissingData { method: info.name, what, how: "--labelled PATH" });
         }
         if spec.data == Need::Required && self.data.is_empty() {
             let what = "examples to learn from".to_owned();

@@ -3,6 +3,7 @@
 
 pub mod bytes;
 pub mod images;
+pub mod sentences;
 
 use std::path::{Path, PathBuf};
 

@@ -9,6 +9,7 @@ pub mod emit;
 pub mod error;
 pub mod inputs;
 mod lab;
+pub mod labelled;
 pub mod linalg;
 pub mod merge;
 pub mod method;

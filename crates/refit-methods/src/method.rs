@@ -19,6 +19,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use refit_train::claim::Claim;
+use refit_train::train::Ranks;
 
 use crate::error::{Error, Result};
 pub use crate::inputs::{AdapterInput, Inputs, Labelled, ModelInput, TextData, TrainingData};
@@ -152,6 +153,13 @@ pub struct InputSpec {
     pub data_role: &'static str,
 }
 
+impl Info {
+    /// Does it share its work between ranks? Language models that learn do, as [`adapt::frame`](crate::adapt::frame) has it.
+    pub fn trains(&self) -> bool {
+        self.inputs.data == Need::Required
+    }
+}
+
 impl InputSpec {
     /// One model and no data.
     pub const WEIGHTS: Self = Self {
@@ -168,6 +176,13 @@ impl InputSpec {
     pub const CALIBRATED: Self = Self {
         text: Need::Required,
         data_role: "calibration text: a few thousand tokens like those the model will see",
+        ..Self::WEIGHTS
+    };
+    /// One model and labelled examples: texts as training data, or images.
+    pub const CLASSIFIED: Self = Self {
+        labelled: Need::Optional,
+        data: Need::Optional,
+        data_role: "labelled images to learn from",
         ..Self::WEIGHTS
     };
     /// One language model and what it is to learn.
@@ -262,6 +277,9 @@ pub struct Plan {
     pub peak_memory: u64,
     /// What the run does, step by step, in plain words.
     pub steps: Vec<String>,
+    /// What the method found out about single tensors while it planned, kept for its run.
+    #[serde(skip)]
+    pub decided: serde_json::Value,
     /// Things that are worth knowing.
     pub notes: Vec<String>,
     /// Things that are probably not what the user wants.
@@ -295,7 +313,7 @@ pub struct PlannedTensor {
     pub name: String,
     /// Dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// Element type in the output, as safetensors spells it.
+    /// Element type in the output, as safetensors or GGML spell it.
     pub dtype: String,
     /// Bytes in the output.
     pub bytes: u64,
@@ -328,8 +346,12 @@ pub struct Context {
     pub resume: bool,
     /// Scratch space for what must not sit in memory.
     pub temp_dir: PathBuf,
+    /// Where what is worth computing once is kept: frozen forward passes, in `features`.
+    pub cache: PathBuf,
     /// Where progress goes.
     pub progress: Arc<dyn Progress>,
+    /// The processes that train together; only methods that train look at it.
+    pub ranks: Ranks,
 }
 
 impl Context {
@@ -371,7 +393,9 @@ impl Default for Context {
             force: false,
             resume: true,
             temp_dir: std::env::temp_dir(),
+            cache: refit_store::source::cache_root(),
             progress: Arc::new(Quiet),
+            ranks: Ranks::default(),
         }
     }
 }
@@ -412,10 +436,46 @@ pub trait Progress: Send + Sync {
     fn advance(&self, by: u64);
     /// The stage is over.
     fn end(&self);
-    /// How the stage is going, in a few words that replace the last ones.
-    fn status(&self, _words: &str) {}
+    /// What happened in the stage under way, which is a training.
+    fn training(&self, _event: &TrainingEvent) {}
     /// A line worth showing now.
     fn note(&self, _message: &str) {}
+}
+
+/// What a training says of itself while it runs, between the beginning and the end of its stage.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TrainingEvent {
+    /// It begins, or goes on where an interrupted run stopped.
+    Begin {
+        /// Updates of the whole run.
+        updates: u64,
+        /// Parameters that train.
+        parameters: u64,
+        /// Perplexity of the model on held-out text before the first update, where there is such a text.
+        held_out: Option<f64>,
+    },
+    /// One update was made.
+    Update {
+        /// Its number, counted from 1.
+        update: u64,
+        /// Loss before it, mean over its examples, in nats per learned token.
+        loss: f64,
+        /// Learning rate.
+        rate: f64,
+        /// Norm of all gradients before clipping.
+        grad_norm: f64,
+        /// Tokens or examples that were learned from.
+        items: usize,
+        /// What `items` are: tokens, examples.
+        unit: &'static str,
+        /// Wall time, in seconds.
+        seconds: f64,
+    },
+    /// Everything up to this update, counted from 1, lies on disk: an interrupted run goes on from there.
+    Checkpoint {
+        /// The update.
+        update: u64,
+    },
 }
 
 /// Progress that goes nowhere.

@@ -222,17 +222,17 @@ pub fn rewrite(
 /// # Errors
 /// Files that cannot be read or written, and values that are not finite.
 pub fn copy(from: &Artifact, source: &str, to: &Emitter, tensor: &PlannedTensor) -> Result<()> {
-    copy_from(from, source, &tensor.name, to, tensor)
+    copy_as(from, &tensor.name, source, to, tensor)
 }
 
-/// As [`copy`], of a tensor that has another name in its source.
+/// Copies the tensor `name` to the place of `tensor`, which may have another name.
 ///
 /// # Errors
 /// As [`copy`].
-pub fn copy_from(
+pub fn copy_as(
     from: &Artifact,
-    source: &str,
     name: &str,
+    source: &str,
     to: &Emitter,
     tensor: &PlannedTensor,
 ) -> Result<()> {

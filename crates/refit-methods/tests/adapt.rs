@@ -10,6 +10,8 @@ use refit_methods::registry;
 use refit_nn::{BurnDevice, Decoder, Run, adapter, ops};
 use refit_store::Artifact;
 use refit_store::adapter::Adapter;
+use refit_train::train::TrainError;
+use refit_train::train::ranks::threads;
 use serde_json::{Value, json};
 
 fn tiny() -> PathBuf {
@@ -37,11 +39,19 @@ fn small(more: Value) -> Value {
 }
 
 fn apply(method: &str, parameters: Value, inputs: &Inputs, out: &Path) -> Result<Value, String> {
+    apply_in(method, parameters, inputs, Context::new(out))
+}
+
+fn apply_in(
+    method: &str,
+    parameters: Value,
+    inputs: &Inputs,
+    mut cx: Context,
+) -> Result<Value, String> {
     let configured =
         registry::get(method).unwrap().from_value(&parameters).map_err(|e| e.to_string())?;
     inputs.check(registry::get(method).unwrap().info).map_err(|e| e.to_string())?;
     let plan = configured.plan(inputs).map_err(|e| e.to_string())?;
-    let mut cx = Context::new(out);
     let output = configured.run(inputs, &plan, &mut cx).map_err(|e| e.to_string())?;
     Ok(output.report)
 }
@@ -89,6 +99,28 @@ fn adapters_learn_attach_and_merge_to_the_same_model() {
         ),
         ("unified-peft", json!({"preset": "mh-pa", "bottleneck": 4, "learning_rate": 1e-1}), false),
         ("unified-peft", json!({"preset": "prefix", "prefix_length": 4, "prefix_net": 0}), false),
+        (
+            "unified-peft",
+            json!({"site": ["attention", "ffn"], "form": "parallel", "function": ["linear", "silu"], "composition": "scaled",
+                   "bottleneck": 4, "learning_rate": 1e-2}),
+            false,
+        ),
+        (
+            "unified-peft",
+            json!({"site": "heads", "form": "sequential", "function": "gelu", "scale": 2.0, "bottleneck": 4, "learning_rate": 1e-2}),
+            false,
+        ),
+        (
+            "unified-peft",
+            json!({"site": ["per-head"], "function": ["softmax"], "composition": ["add"], "bottleneck": 4, "learning_rate": 1e-1}),
+            false,
+        ),
+        (
+            "unified-peft",
+            json!({"site": ["per-head", "heads", "ffn"], "bottleneck": 4, "prefix_length": 3, "prefix_net": 0,
+                   "learning_rate": 1e-2}),
+            false,
+        ),
         ("unified-peft", json!({"preset": "prompt", "prefix_length": 4}), false),
     ] {
         let name = format!("{method} {more}");
@@ -132,6 +164,147 @@ fn adapters_learn_attach_and_merge_to_the_same_model() {
     }
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
     assert!(left.is_empty(), "no checkpoints are left behind: {left:?}");
+}
+
+/// The card: l = 0 and r = 0 are the base model, exactly; and fresh adapters with `W_u = 0` are it to the bit.
+#[test]
+fn no_channels_and_no_tokens_are_the_base_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut inputs = tuned(LESSON);
+    inputs.text = vec![TextData { source: "held out".into(), text: LESSON.repeat(8) }];
+    let base = logits(&load(&tiny()));
+    let attached = |out: &Path| {
+        let opened = Adapter::open_on(out, &inputs.models[0].artifact).unwrap();
+        (logits(&adapter::attach(load(&tiny()), &opened).unwrap()), opened)
+    };
+    for (i, more) in [
+        json!({"bottleneck": 0, "prefix_length": 0}),
+        json!({"preset": "houlsby", "bottleneck": 0}),
+        json!({"preset": "prefix", "prefix_length": 0}),
+        json!({"preset": "prompt", "prefix_length": 0}),
+        json!({"preset": "mh-pa", "bottleneck": 0}),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = dir.path().join(i.to_string());
+        let report = apply("unified-peft", small(more.clone()), &inputs, &out).unwrap();
+        assert_eq!((&report["updates"], &report["trained_parameters"]), (&json!(0), &json!(0)));
+        assert_eq!(report["held_out_perplexity_before"], report["held_out_perplexity_after"]);
+        let (logits, opened) = attached(&out);
+        assert!(opened.parts().is_empty() && opened.prompt().is_none(), "{more}");
+        assert!(logits == base, "{more} changes the model");
+        assert!(refit_store::Lineage::verify(&out).unwrap().is_ok(), "{more}");
+    }
+    // One of the two at zero leaves the other one.
+    let out = dir.path().join("half");
+    apply("unified-peft", small(json!({"bottleneck": 4, "prefix_length": 0})), &inputs, &out)
+        .unwrap();
+    let (_, opened) = attached(&out);
+    assert!(opened.prompt().is_none() && !opened.parts().is_empty());
+    let configured = registry::get("unified-peft").unwrap();
+    let zero = configured.from_value(&small(json!({"bottleneck": 0, "prefix_length": 0}))).unwrap();
+    let plan = zero.plan(&inputs).unwrap();
+    assert!(plan.tensors.is_empty() && plan.warnings[0].contains("nothing trains"), "{plan:?}");
+}
+
+/// The card's counts, as they are planned and as they are written.
+#[test]
+fn planned_tensors_are_those_that_are_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let linears = inputs.models[0].artifact.architecture();
+    let sides: usize = linears.linears().map(|site| site.shape.iter().sum::<usize>()).sum();
+    for (i, (method, more, count)) in [
+        // r (in + out) for each matrix.
+        ("lora", json!({"rank": 4}), Some(4 * sides)),
+        ("unified-peft", json!({"preset": "mh-pa", "bottleneck": 4}), None),
+        (
+            "unified-peft",
+            json!({"preset": "mam", "bottleneck": 4, "prefix_length": 2, "prefix_net": 0}),
+            None,
+        ),
+        ("unified-peft", json!({"site": ["attention", "ffn"], "bottleneck": 4}), None),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = dir.path().join(i.to_string());
+        let configured = registry::get(method).unwrap().from_value(&small(more.clone())).unwrap();
+        let plan = configured.plan(&inputs).unwrap();
+        configured.run(&inputs, &plan, &mut Context::new(&out)).unwrap();
+        let written = Artifact::open(out.join("adapter_model.safetensors")).unwrap();
+        let bare = |name: &str| name.trim_start_matches("base_model.model.").to_owned();
+        let mut found: Vec<(String, Vec<usize>)> =
+            written.tensors().iter().map(|t| (bare(&t.name), t.shape.clone())).collect();
+        let mut planned: Vec<(String, Vec<usize>)> =
+            plan.tensors.iter().map(|t| (bare(&t.name), t.shape.clone())).collect();
+        found.sort();
+        planned.sort();
+        assert_eq!(planned, found, "{method} {more}");
+        let all: usize = found.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert!(count.is_none_or(|count| count == all), "{method}: {all}, not {count:?}");
+    }
+}
+
+#[test]
+fn training_tells_what_happens_and_leaves_it_beside_the_weights() {
+    use refit_methods::method::{Progress, TrainingEvent, Unit};
+    #[derive(Default)]
+    struct Log(std::sync::Mutex<Vec<TrainingEvent>>);
+    impl Progress for Log {
+        fn begin(&self, _: &str, _: u64, _: Unit) {}
+        fn advance(&self, _: u64) {}
+        fn end(&self) {}
+        fn training(&self, event: &TrainingEvent) {
+            self.0.lock().unwrap().push(event.clone());
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut inputs = tuned(LESSON);
+    inputs.text = vec![TextData { source: "held out".into(), text: LESSON.repeat(8) }];
+    let configured = registry::get("lora").unwrap();
+    let parameters = small(json!({"rank": 2, "checkpoint_every": 3}));
+    let configured = configured.from_value(&parameters).unwrap();
+    let plan = configured.plan(&inputs).unwrap();
+    let (out, log) = (dir.path().join("out"), Arc::new(Log::default()));
+    let mut cx = Context { progress: log.clone(), ..Context::new(&out) };
+    let report = configured.run(&inputs, &plan, &mut cx).unwrap().report;
+    let events = log.0.lock().unwrap();
+    let TrainingEvent::Begin { updates: 4, parameters, held_out: Some(before) } = events[0] else {
+        panic!("{:?}", events[0]);
+    };
+    assert_eq!(report["trained_parameters"], parameters);
+    assert_eq!(report["held_out_perplexity_before"], before);
+    let updates: Vec<u64> = events
+        .iter()
+        .filter_map(|event| match event {
+            TrainingEvent::Update { update, loss, rate, grad_norm, items, .. } => {
+                assert!(loss.is_finite() && *rate > 0.0 && *grad_norm > 0.0 && *items > 0);
+                Some(*update)
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(updates, [1, 2, 3, 4]);
+    let saved = |event: &&TrainingEvent| matches!(event, TrainingEvent::Checkpoint { .. });
+    let saved: Vec<&TrainingEvent> = events.iter().filter(saved).collect();
+    assert_eq!(
+        saved,
+        [&TrainingEvent::Checkpoint { update: 3 }, &TrainingEvent::Checkpoint { update: 4 }]
+    );
+    // The summary is the report without what differs from run to run.
+    let file = std::fs::read(out.join("refit.training.json")).unwrap();
+    let summary: Value = serde_json::from_slice(&file).unwrap();
+    for key in ["loss", "learning_rate", "grad_norm"] {
+        assert_eq!(summary[key].as_array().unwrap().len(), 4, "{key}");
+    }
+    assert!(summary.as_object().unwrap().iter().all(|(key, value)| report[key] == *value));
+    assert!(summary.get("training_seconds").is_none() && report["training_seconds"].is_number());
+    let lineage = refit_store::Lineage::read(&out).unwrap().unwrap();
+    let measured = &lineage.measurements[0];
+    assert_eq!((measured.metric.as_str(), measured.before.unwrap().value), ("perplexity", before));
+    assert!(measured.n > 0 && measured.dataset == "held out");
 }
 
 #[test]
@@ -287,13 +460,22 @@ fn mistakes_are_found_before_training() {
         ),
         ("lora", json!({"max_length": 64}), lines("long.jsonl", &long), "long.jsonl:1"),
         ("lora", json!({}), lines("other.jsonl", "{\"question\": \"a\"}\n"), "found question"),
-        ("unified-peft", json!({"bottleneck": 0}), tuned(LESSON), "at least 1 channel"),
         (
             "unified-peft",
-            json!({"preset": "prefix", "prefix_length": 0}),
+            json!({"site": "ffn", "composition": "gated"}),
             tuned(LESSON),
-            "virtual token",
+            "add or scaled",
         ),
+        (
+            "unified-peft",
+            json!({"site": "fnn"}),
+            tuned(LESSON),
+            "`per-head`, `heads`, `attention`, `ffn`",
+        ),
+        ("unified-peft", json!({"preset": "prefix", "scale": 2.0}), tuned(LESSON), "no factor"),
+        ("unified-peft", json!({"composition": "add", "scale": 2.0}), tuned(LESSON), "--scale"),
+        ("unified-peft", json!({"preset": "mh-pa", "learnable_scale": true}), tuned(LESSON), "ffn"),
+        ("galore", json!({"target_modules": ["*.attn.*"]}), tuned(LESSON), "q_proj"),
         ("hft", json!({"ratio": 1.5}), tuned(LESSON), "from 0 to 1"),
         ("merge-adapter", json!({}), tuned(LESSON), "adapter beside the model"),
     ] {
@@ -332,4 +514,126 @@ fn a_merge_that_changes_nothing_is_an_error() {
     };
     let error = apply("merge-adapter", json!({}), &both, &dir.path().join("merged")).unwrap_err();
     assert!(error.contains("no change") || error.contains("survives"), "{error}");
+}
+
+/// Values of all tensors of a safetensors file.
+fn values(file: PathBuf) -> Vec<f32> {
+    let opened = Artifact::open(file).unwrap();
+    opened.tensors().iter().flat_map(|t| opened.read_f32(&t.name).unwrap()).collect()
+}
+
+#[test]
+fn several_ranks_write_what_one_process_does_and_once() {
+    let dir = tempfile::tempdir().unwrap();
+    for (method, more, file) in [
+        ("lora", json!({"rank": 4, "learning_rate": 1e-3}), "adapter_model.safetensors"),
+        (
+            "fine-tune",
+            json!({"train": ["*.mlp.*"], "dtype": "f32", "learning_rate": 1e-3}),
+            "model.safetensors",
+        ),
+        ("galore", json!({"rank": 16, "dtype": "f32", "learning_rate": 1e-3}), "model.safetensors"),
+    ] {
+        let parameters = || {
+            let mut all = small(more.clone());
+            all["batch"] = json!(3);
+            all["accumulate"] = json!(2);
+            all
+        };
+        let (one, two) = (format!("{method}-one"), format!("{method}-two"));
+        let mut inputs = tuned(LESSON);
+        inputs.text = vec![TextData { source: "held out".into(), text: LESSON.repeat(20) }];
+        apply(method, parameters(), &inputs, &dir.path().join(&one)).unwrap();
+        let reports = threads::run(2, |ranks| {
+            let out = dir.path().join(if ranks.leads() { &two } else { "nowhere" });
+            let cx = Context { ranks: ranks.clone(), ..Context::new(out) };
+            ranks.settle(apply_in(method, parameters(), &inputs, cx).map_err(Said)).unwrap()
+        });
+        assert_eq!(reports[0]["processes"], 2, "{method}");
+        assert!(reports[0]["held_out_perplexity_after"].is_f64(), "{method}");
+        let found = values(dir.path().join(&two).join(file));
+        let alone = values(dir.path().join(&one).join(file));
+        // Adam makes steps of the same size of gradients that are nothing but rounding, so a few values may go their own way: at
+        // most one in a thousand is further apart than a fiftieth of what one update moves a value.
+        let rate = more["learning_rate"].as_f64().unwrap_or(1e-4) as f32;
+        let apart = alone.iter().zip(&found).filter(|(a, b)| (*a - *b).abs() > 0.02 * rate);
+        let apart = apart.count();
+        assert!(1000 * apart <= alone.len(), "{method}: {apart} of {} values", alone.len());
+        let start = values(tiny().join("model.safetensors"));
+        assert!(found.len() != start.len() || distance(&found, &start) > 1e-5, "{method} learned");
+    }
+    let names: Vec<_> =
+        std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 6, "two outputs of each method and nothing else: {names:?}");
+}
+
+#[test]
+fn what_several_ranks_cannot_do_is_refused_before_the_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |method: &str, more: Value, lesson: fn(usize) -> &'static str| {
+        threads::run(2, |ranks| {
+            let inputs = tuned(lesson(ranks.rank()));
+            let cx = Context { ranks: ranks.clone(), ..Context::new(dir.path().join("out")) };
+            let ended = apply_in(method, small(more.clone()), &inputs, cx).map_err(Said);
+            ranks.settle(ended).unwrap_err().0
+        })
+    };
+    let same = |_| LESSON;
+    let texts = refused("lora", json!({"batch": 1}), same);
+    assert!(texts[0].contains("--batch 2 or more"), "{texts:?}");
+    let texts = refused("galore", json!({"per_layer": true, "clip": 0.0}), same);
+    assert!(texts[0].contains("--per-layer") && texts[1].contains("process 0"), "{texts:?}");
+    let texts = refused("lora", json!({}), |rank| [LESSON, "Another lesson. "][rank]);
+    assert!(texts[0].contains("training data"), "{texts:?}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// A message as an error of this test.
+#[derive(Debug)]
+struct Said(String);
+
+impl From<TrainError> for Said {
+    fn from(error: TrainError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+#[test]
+fn a_llama_gets_biases_to_train() {
+    let dir = tempfile::tempdir().unwrap();
+    let inputs = tuned(LESSON);
+    let base = Artifact::open(tiny()).unwrap();
+    // Before anything is learned the model says what it said.
+    let still = json!({"add_biases": true, "learning_rate": 1e-30, "steps": 1, "dtype": "f32"});
+    apply("bitfit", small(still), &inputs, &dir.path().join("still")).unwrap();
+    assert_eq!(logits(&load(&dir.path().join("still"))), logits(&load(&tiny())));
+    let out = dir.path().join("out");
+    let more = json!({"add_biases": true, "learning_rate": 1e-2, "dtype": "f32"});
+    let report = apply("bitfit", small(more), &inputs, &out).unwrap();
+    let made = Artifact::open(&out).unwrap();
+    assert!(made.load_report().is_clean(), "{}", made.load_report());
+    let config = made.config();
+    assert_eq!((config.bool("attention_bias"), config.bool("mlp_bias")), (Some(true), Some(true)));
+    let mut trained = 0;
+    for info in made.tensors() {
+        let values = made.read_f32(&info.name).unwrap();
+        match info.name.strip_suffix(".bias") {
+            None => assert_eq!(values, base.read_f32(&info.name).unwrap(), "{}", info.name),
+            Some(site) if site.ends_with("o_proj") || site.ends_with("down_proj") => {
+                assert!(values.iter().any(|v| *v != 0.0), "{site} did not train");
+                trained += values.len();
+            }
+            Some(site) => assert!(values.iter().all(|v| *v == 0.0), "{site} is not zero"),
+        }
+    }
+    assert_eq!(report["trained_parameters"], trained);
+    assert_eq!(made.tensors().len(), base.tensors().len() + 7 * made.architecture().layers());
+    assert!(distance(&logits(&load(&out)), &logits(&load(&tiny()))) > 1e-4);
+    // A model with biases trains those that it has.
+    let again = Inputs { models: vec![ModelInput::open("out", &out).unwrap()], ..tuned(LESSON) };
+    let refused = small(json!({"add_biases": true}));
+    let error = apply("bitfit", refused, &again, &dir.path().join("x")).unwrap_err();
+    assert!(error.contains("biases of its own"), "{error}");
+    apply("bitfit", small(json!({"learning_rate": 1e-3})), &again, &dir.path().join("more"))
+        .unwrap();
 }

@@ -26,9 +26,7 @@ pub fn attach(mut decoder: Decoder, adapter: &Adapter) -> Result<Decoder> {
     for part in adapter.parts() {
         match &part.form {
             Form::Bottleneck { .. } => side(&mut decoder, part, &device)?,
-            Form::Heads { keys, values, scale } => {
-                heads(&mut decoder, &part.site, keys, values, *scale, &device)?;
-            }
+            Form::Heads { .. } => heads(&mut decoder, part, &device)?,
             _ => {}
         }
     }
@@ -115,15 +113,18 @@ fn matrix(values: &Values, columns: usize, device: &Device) -> Result<Tensor<2>>
     Ok(Tensor::from_data(TensorData::new(values.values.clone(), [rows, columns]), device))
 }
 
-/// Attaches an adapter to every head of the block whose output projection is `site`.
-fn heads(
-    decoder: &mut Decoder,
-    site: &str,
-    keys: &Values,
-    values: &Values,
-    scale: f32,
-    device: &Device,
-) -> Result<()> {
+/// Attaches an adapter to every head of the block whose output projection the part names.
+fn heads(decoder: &mut Decoder, part: &Part, device: &Device) -> Result<()> {
+    let Form::Heads { keys, values, scale, activation } = &part.form else { return Ok(()) };
+    let site = part.site.as_str();
+    let softmax = match activation.as_str() {
+        "relu" => false,
+        "softmax" => true,
+        name => {
+            let problem = "an adapter of every head has relu or softmax";
+            return Err(Error::Invalid(format!("{site}: {problem}, found `{name}`")));
+        }
+    };
     let tensor =
         |part: &Values| -> Result<Param<Tensor<3>>> {
             let shape: [usize; 3] = part.shape.clone().try_into().map_err(|found| {
@@ -135,8 +136,8 @@ fn heads(
     let adapter = HeadAdapter {
         keys: tensor(keys)?,
         values: tensor(values)?,
-        scale: f64::from(scale),
-        softmax: false,
+        scale: f64::from(*scale),
+        softmax,
     };
     match decoder.blocks.iter_mut().find(|block| block.mixer.o.site == site) {
         Some(block) => {

@@ -23,7 +23,7 @@ use burn_flex::{Flex, FlexTensor};
 
 use crate::block::{Block, Context};
 use crate::ops::sink::{self, Leaf};
-use crate::ops::tracked;
+use crate::ops::{Precision, tracked};
 use crate::run::Run;
 
 /// Runs `module` on `x`, keeping only `x` for the backward pass. `forward` must compute the same thing each time and must not
@@ -81,7 +81,13 @@ pub fn checkpoint<M: Module + Sync + 'static>(
 }
 
 /// A transformer block, checkpointed; see [`Block::forward`].
-pub fn block(block: &Block, x: Tensor<3>, context: &Context, layer: usize) -> Tensor<3> {
+pub fn block(
+    block: &Block,
+    x: Tensor<3>,
+    context: &Context,
+    layer: usize,
+    precision: Precision,
+) -> Tensor<3> {
     let mut context = context.clone();
     let plain = |x: Tensor<2>| if x.is_autodiff() { x.inner() } else { x };
     context.rope = context.rope.map(|(cos, sin)| (plain(cos), plain(sin)));
@@ -92,7 +98,7 @@ pub fn block(block: &Block, x: Tensor<3>, context: &Context, layer: usize) -> Te
         };
         let rope = context.rope.as_ref().map(|(cos, sin)| (lift(cos), lift(sin)));
         let context = Context { rope, ..context.clone() };
-        block.forward(x, &context, layer, &mut Run::plain())
+        block.forward(x, &context, layer, &mut Run { precision, ..Run::plain() })
     })
 }
 

@@ -58,11 +58,19 @@ impl Frame {
     /// # Errors
     /// Missing or mis-shaped tensors.
     pub fn load(loader: &Loader) -> Result<Self> {
+        Ok(Self { head: loader.head()?, ..Self::load_trunk(loader)? })
+    }
+
+    /// Loads the frame without its head; only what it embeds and norms means anything.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_trunk(loader: &Loader) -> Result<Self> {
         Ok(Self {
             embed: loader.embed()?,
             positions: loader.positions()?,
             norm: loader.outer_norm()?,
-            head: loader.head()?,
+            head: None,
             prefix: None,
             prompt: None,
             config: loader.config().clone(),
@@ -142,7 +150,7 @@ impl Frame {
         let x = self.norm.forward(x);
         let logits = match &self.head {
             Some(head) => head.forward(x, run),
-            None => ops::linear(x, self.embed.weight.val(), None),
+            None => run.linear(x, self.embed.weight.val(), None),
         };
         match self.config.logit_softcap {
             Some(cap) => (logits / cap).tanh() * cap,
@@ -167,19 +175,20 @@ impl Frame {
             let ones = Tensor::ones([batch, seq, 1], &x.device());
             let x = Tensor::cat(vec![x, ones], 2);
             let weight = Tensor::cat(vec![weight, bias.unsqueeze_dim(1)], 1);
-            return ops::head_loss(x, weight, loss);
+            return ops::head_loss(x, weight, loss, run.precision);
         }
         let Some(cap) = self.config.logit_softcap else {
-            return ops::head_loss(x, weight, loss);
+            return ops::head_loss(x, weight, loss, run.precision);
         };
         let cap = cap as f32;
-        ops::head_loss(x, weight, &|rows, logits| {
+        let capped = |rows: std::ops::Range<usize>, logits: &mut [f32]| {
             logits.iter_mut().for_each(|l| *l = (*l / cap).tanh() * cap);
             let capped = logits.to_vec();
             let value = loss(rows, logits);
             logits.iter_mut().zip(capped).for_each(|(g, l)| *g *= 1.0 - (l / cap).powi(2));
             value
-        })
+        };
+        ops::head_loss(x, weight, &capped, run.precision)
     }
 }
 
@@ -193,6 +202,15 @@ impl Decoder {
         loader.decode_ahead()?;
         let blocks = (0..loader.config().layers).map(|i| loader.block(i)).collect::<Result<_>>()?;
         Ok(Self { frame: Frame::load(&loader)?, blocks })
+    }
+
+    /// Loads a decoder without the head that predicts tokens: what stands under a head of another kind.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_trunk(loader: &Loader) -> Result<Self> {
+        let blocks = (0..loader.config().layers).map(|i| loader.block(i)).collect::<Result<_>>()?;
+        Ok(Self { frame: Frame::load_trunk(loader)?, blocks })
     }
 
     /// The config.
@@ -247,7 +265,7 @@ impl Decoder {
         for (index, block) in self.blocks.iter().enumerate() {
             // A prefix trains through the context, which a checkpointed block takes as given.
             x = match run.checkpoints() && context.prefix.is_none() {
-                true => checkpoint::block(block, x, &context, index),
+                true => checkpoint::block(block, x, &context, index, run.precision),
                 false => block.forward(x, &context, index, run),
             };
         }

@@ -49,6 +49,10 @@ impl Encoder {
     pub fn load(artifact: &Artifact, device: &Device) -> Result<Self> {
         let loader = Loader::new(artifact, device)?;
         loader.decode_ahead()?;
+        Self::read(&loader)
+    }
+
+    pub(crate) fn read(loader: &Loader) -> Result<Self> {
         let hidden = loader.config().hidden;
         let segments = loader.trunk("embeddings.token_type_embeddings");
         let segments = loader
@@ -173,7 +177,7 @@ impl Encoder {
         let context = self.context(&lengths);
         for (index, block) in self.blocks.iter().enumerate() {
             x = match run.checkpoints() {
-                true => checkpoint::block(block, x, &context, index),
+                true => checkpoint::block(block, x, &context, index, run.precision),
                 false => block.forward(x, &context, index, run),
             };
         }

@@ -8,6 +8,7 @@ pub mod adapter;
 pub mod block;
 pub mod cache;
 pub mod checkpoint;
+pub mod classifier;
 pub mod config;
 pub mod decoder;
 pub mod device;
@@ -30,6 +31,7 @@ use refit_store::artifact::Artifact;
 
 pub use burn::tensor::Device as BurnDevice;
 pub use cache::Cache;
+pub use classifier::TextClassifier;
 pub use decoder::{Decoder, Frame};
 pub use device::device;
 pub use encoder::{Encoder, Pooling};

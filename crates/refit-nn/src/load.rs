@@ -41,6 +41,21 @@ pub fn stored(config: &TransformerConfig, name: &str, shape: &[usize], values: &
     }
 }
 
+/// The gradient by a parameter, in the layout of the tensor `name` of shape `shape` in its family's files.
+pub fn stored_gradient(
+    config: &TransformerConfig,
+    name: &str,
+    shape: &[usize],
+    gradient: Vec<f32>,
+) -> Vec<f32> {
+    match (layout_of(&config.model_type, name), shape) {
+        (Layout::InOut, &[inputs, out]) => {
+            (0..out * inputs).map(|i| gradient[i % out * inputs + i / out]).collect()
+        }
+        _ => gradient,
+    }
+}
+
 /// Reads the parts of one transformer out of an artifact.
 pub struct Loader<'a> {
     artifact: &'a Artifact,
@@ -103,6 +118,20 @@ impl<'a> Loader<'a> {
             .collect();
         *self.decoded.lock().expect("invariant: no thread panics while holding it") = decoded?;
         Ok(())
+    }
+
+    /// What stands before the names of the trunk.
+    pub fn prefix(&self) -> &'static str {
+        self.prefix
+    }
+
+    /// Whether the tensor `name`, given without the trunk's prefix, belongs to the trunk and not to a head.
+    pub fn in_trunk(&self, name: &str) -> bool {
+        let n = self.names;
+        let block = n.block.split("{}").next().unwrap_or(n.block);
+        let module = |site: &str| !site.is_empty() && name.starts_with(&format!("{site}."));
+        name.starts_with(block)
+            || [n.embed, n.positions, n.final_norm, "embeddings"].into_iter().any(module)
     }
 
     /// Full name of `part` in the trunk.

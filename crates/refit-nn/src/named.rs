@@ -6,6 +6,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Gradients, Tensor, TensorData};
 
 use crate::block::Block;
+use crate::classifier::{Body, TextClassifier};
 use crate::operator::{Conv2d, Embedding, Linear, Norm};
 use crate::vision::{Cnn, EfficientNetLite, Mlp, Vision, VisionTransformer};
 use crate::{Decoder, Encoder, Frame};
@@ -222,6 +223,19 @@ impl Trainable for Encoder {
     }
 }
 
+/// The body under the artifact's names, then the head.
+impl Trainable for TextClassifier {
+    fn parameters(&self) -> Vec<Parameter> {
+        let found = match &self.body {
+            Body::Encoder(encoder) => encoder.parameters(),
+            Body::Decoder(decoder) => decoder.parameters(),
+        };
+        let mut collect = Collect { path: Vec::new(), found };
+        [&self.dense, &self.classifier].into_iter().flatten().for_each(|l| collect.linear(l));
+        collect.found
+    }
+}
+
 impl Trainable for VisionTransformer {
     fn parameters(&self) -> Vec<Parameter> {
         // Checkpoints differ in what stands before the trunk's names; the last norm tells.
@@ -243,11 +257,7 @@ impl Trainable for VisionTransformer {
 impl Trainable for EfficientNetLite {
     fn parameters(&self) -> Vec<Parameter> {
         let mut collect = Collect::default();
-        let inner = self
-            .blocks
-            .iter()
-            .flat_map(|block| block.expand.iter().chain([&block.depthwise, &block.project]));
-        for conv in [&self.stem].into_iter().chain(inner).chain([&self.head]) {
+        for conv in self.convs() {
             collect.site(&conv.site, conv);
         }
         collect.linear(&self.classifier);

@@ -61,7 +61,8 @@ impl Linear {
         let y = match &self.op {
             Operator::Dense(dense) => adapt::forward(dense, x, bias, run),
             Operator::LowRank(pair) => {
-                ops::linear(ops::linear(x, pair.down.val(), None), pair.up.val(), bias)
+                let down = run.linear(x, pair.down.val(), None);
+                run.linear(down, pair.up.val(), bias)
             }
         };
         run.tap(|| format!("{}:out", self.site), y)

@@ -4,6 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 use refit_data::Rng;
 
 use crate::cache::Cache;
+use crate::ops::{self, Precision};
 
 /// Reads or replaces named activations.
 ///
@@ -29,6 +30,8 @@ pub struct Run<'a> {
     pub tap: Option<&'a mut dyn Tap>,
     /// Dropout in adapters while they train.
     pub dropout: Option<Dropout>,
+    /// How matrix products are computed.
+    pub precision: Precision,
     /// Keep only the inputs of blocks for the backward pass and run each block again there ([`crate::checkpoint`]). Without
     /// effect where there is a cache, a tap or dropout.
     pub checkpoint: bool,
@@ -72,6 +75,11 @@ impl<'a> Run<'a> {
     /// May blocks be checkpointed in this pass?
     pub(crate) fn checkpoints(&self) -> bool {
         self.checkpoint && self.cache.is_none() && self.tap.is_none() && self.dropout.is_none()
+    }
+
+    /// `x · weightᵀ + bias` at the precision of this pass; see [`ops::linear`].
+    pub fn linear(&self, x: Tensor<3>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<3> {
+        ops::linear_in(x, weight, bias, self.precision)
     }
 
     /// Shows `value` to the tap, if there is one. The name is built only then.

@@ -3,6 +3,8 @@
 use burn::module::Param;
 use burn::tensor::{Device, Tensor, TensorData};
 use refit_data::Rng;
+use refit_nn::adapt::Lora;
+use refit_nn::operator::Linear;
 use refit_nn::ops::{self, AttentionSpec};
 use refit_nn::scratch::DecoderShape;
 use refit_nn::side::{Bottleneck, HeadAdapter, Init, Prefix};
@@ -97,6 +99,22 @@ fn a_parallel_adapter_without_nonlinearity_is_a_low_rank_update() {
     let wanted = x.clone().matmul(a.transpose()).matmul(b.transpose()) * 0.5;
     let got = side.forward(x.unsqueeze(), &mut Run::plain());
     assert!(distance(&ops::to_vec(&wanted), &ops::to_vec(&got)) < 1e-6);
+}
+
+/// The same factors beside a linear and as LoRA on it are the same map.
+#[test]
+fn a_linear_parallel_adapter_beside_a_linear_is_lora_on_it() {
+    let mut plain = Linear::dense("x", random([10, HIDDEN], 5), None);
+    let side = Bottleneck { activation: None, scale: 0.5, ..bottleneck("x", 10, Init::Bert) };
+    let x = random([6, HIDDEN], 2).unsqueeze::<3>();
+    let wanted =
+        plain.forward(x.clone(), &mut Run::plain()) + side.forward(x.clone(), &mut Run::plain());
+    let mut lora = Lora::init([10, HIDDEN], 3, 0.5, &mut Rng::new(1), &Device::flex());
+    (lora.a, lora.b) =
+        (Param::from_tensor(side.down.weight()), Param::from_tensor(side.up.weight()));
+    assert!(plain.attach(lora, true));
+    let got = plain.forward(x, &mut Run::plain());
+    assert!(distance(&ops::to_vec(&wanted), &ops::to_vec(&got)) < 1e-5);
 }
 
 /// The identity of the card: attention over `[P; K]` is `(1 - λ) Attn(K) + λ softmax(q P_kᵀ) P_v`.

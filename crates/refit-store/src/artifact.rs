@@ -14,6 +14,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formats::gguf;
 use crate::hash;
+use crate::lattice::{self, Lattice};
 use crate::layout::{self, Layout};
 use crate::storage::{Entry, Source, View};
 
@@ -114,6 +115,7 @@ pub struct Artifact {
     index: HashMap<String, usize>,
     gguf: Option<Box<gguf::Header>>,
     on_disk: Vec<SideFile>,
+    packed: Option<&'static str>,
     resolved: OnceLock<Resolved>,
     side_files: OnceLock<Vec<SideFile>>,
 }
@@ -123,7 +125,7 @@ impl Artifact {
     /// file. Reads and checks headers only; every malformed header is an error that names file and tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let Layout { format, mut entries, config, gguf, side_files } = layout::open(path)?;
+        let Layout { format, mut entries, config, gguf, packed, side_files } = layout::open(path)?;
         entries.sort_by(|a, b| a.info.name.cmp(&b.info.name));
         let infos: Vec<TensorInfo> = entries.iter().map(|entry| entry.info.clone()).collect();
         let index = infos.iter().enumerate().map(|(at, info)| (info.name.clone(), at)).collect();
@@ -136,6 +138,7 @@ impl Artifact {
             index,
             gguf,
             on_disk: side_files,
+            packed,
             resolved: OnceLock::new(),
             side_files: OnceLock::new(),
         })
@@ -159,6 +162,45 @@ impl Artifact {
     /// GGUF's own metadata, where the weights are a GGUF file.
     pub fn gguf(&self) -> Option<&gguf::Header> {
         self.gguf.as_deref()
+    }
+
+    /// The format of packed weights that are decoded when they are read, where there are any: `compressed-tensors` or
+    /// `GPTQ`. Their tensors are presented as `F32`.
+    pub fn packed(&self) -> Option<&'static str> {
+        self.packed
+    }
+
+    /// The packed form of a tensor, in words; `None` where it is stored as it is.
+    pub fn stored_packed(&self, name: &str) -> Result<Option<String>> {
+        let bits = match &self.entry(name)?.view {
+            View::Packed(packed) => Some(packed.bits),
+            _ => None,
+        };
+        Ok(bits.zip(self.packed).map(|(bits, format)| format!("{bits}-bit {format}")))
+    }
+
+    /// Bytes that a tensor takes on disk: less than [`TensorInfo::nbytes`] where it is packed.
+    pub fn stored_bytes(&self, name: &str) -> Result<u64> {
+        let entry = self.entry(name)?;
+        Ok(match &entry.view {
+            View::Packed(packed) => packed.nbytes(),
+            _ => entry.info.nbytes,
+        })
+    }
+
+    /// The grid of a tensor that is stored as codes of plain multiples of a step; `None` for values that are stored
+    /// otherwise.
+    pub fn stored_lattice(&self, name: &str) -> Result<Option<Lattice>> {
+        let entry = self.entry(name)?;
+        Ok(match (&entry.view, entry.info.dtype) {
+            (View::Packed(packed), _) if packed.order.is_none() => Some(Lattice {
+                bits: packed.bits,
+                symmetric: packed.is_symmetric()?,
+                group: packed.group,
+            }),
+            (_, DType::Ggml(ggml)) => lattice::of_blocks(ggml),
+            _ => None,
+        })
     }
 
     /// Roles of the tensors: by `model_type`, or inferred and marked so.
@@ -252,7 +294,7 @@ impl Artifact {
             }
         }
         let entry = self.entry(name).ok()?;
-        if entry.view != View::Plain {
+        if !matches!(entry.view, View::Plain) {
             return None;
         }
         let start = usize::try_from(entry.offset).ok()?;
@@ -266,6 +308,15 @@ impl Artifact {
     pub fn side_files(&self) -> &[SideFile] {
         self.side_files.get_or_init(|| {
             let mut files = self.on_disk.clone();
+            if self.packed.is_some() {
+                // What is read from here is decoded: the settings of the codes would be wrong beside it.
+                let mut config = self.config.raw().clone();
+                config.retain(|key, _| {
+                    !matches!(key.as_str(), "quantization_config" | "compression_config")
+                });
+                files.retain(|file| !matches!(&*file.name, "config.json" | "quantize_config.json"));
+                files.push(SideFile::from_bytes("config.json", Config::new(config).to_json()));
+            }
             let mut add = |file: SideFile| {
                 if files.iter().all(|present| present.name != file.name) {
                     files.push(file);
@@ -353,8 +404,11 @@ impl Artifact {
     pub fn file_hashes(&self) -> Result<Vec<FileHash>> {
         let base =
             if self.path.is_dir() { &*self.path } else { self.path.parent().unwrap_or(&self.path) };
-        let mut paths: Vec<PathBuf> =
-            self.entries.iter().map(|entry| entry.source.path.clone()).collect();
+        let of_entry = |entry: &Entry| match &entry.view {
+            View::Packed(packed) => packed.parts().map(|part| part.source.path.clone()).collect(),
+            _ => vec![entry.source.path.clone()],
+        };
+        let mut paths: Vec<PathBuf> = self.entries.iter().flat_map(of_entry).collect();
         paths.extend(self.on_disk.iter().filter_map(|file| match &file.content {
             SideContent::File(path) => Some(path.clone()),
             SideContent::Bytes(_) => None,

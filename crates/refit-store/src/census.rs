@@ -239,7 +239,10 @@ impl Artifact {
         for (at, row) in rows.chunks_exact_mut(columns).enumerate() {
             self.read_f32_into(name, at * info.shape[0] / count * columns, row)?;
         }
-        let stored = matches!(info.dtype, DType::Ggml(_)).then(|| info.dtype.to_string());
+        let stored = match info.dtype {
+            DType::Ggml(ggml) => Some(ggml.to_string()),
+            _ => self.stored_packed(name)?,
+        };
         let unit = match info.dtype {
             DType::BF16 => 2f64.powi(-10),
             DType::F16 => 2f64.powi(-13),
@@ -285,7 +288,7 @@ impl ZeroRows {
 /// The coarsest grouping of rows of `columns` values whose groups lie on a grid; failing that, the coarsest whose
 /// groups use few distinct values. `unit` is the rounding of the stored type, relative to a value.
 fn detect(rows: &[f32], columns: usize, unit: f64) -> Option<Grid> {
-    let finer = [256, 128, 64, 32].map(Some);
+    let finer = [512, 384, 256, 192, 128, 96, 64, 48, 32].map(Some);
     let groupings = std::iter::once(None).chain(finer.into_iter().filter(|group| {
         group.is_some_and(|group| group < columns && columns.is_multiple_of(group))
     }));
@@ -396,6 +399,12 @@ mod tests {
         ] {
             let grid = detect(&quantized(&plain, group, levels as f32), 512, FINE).unwrap();
             assert_eq!((grid.levels, grid.group, grid.uniform), (levels, named, true));
+        }
+        // Widths such as 576 are cut into groups that are no powers of two.
+        let plain = noise(16 * 576);
+        for group in [48, 96, 192] {
+            let grid = detect(&quantized(&plain, group, 16.0), 576, FINE).unwrap();
+            assert_eq!((grid.levels, grid.group), (16, Some(group)));
         }
     }
 

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use crate::dtype::DType;
-use crate::formats::gguf::dequantize;
+use crate::formats::gguf::{dequantize, quantize};
 
 /// Decodes `out.len()` elements. Integers and `F64` are rounded to the nearest `f32`.
 ///
@@ -41,12 +41,13 @@ pub fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Encodes `values` into `out`, rounding floats to nearest even. Fails with the index of the first
-/// value that the type cannot hold: a finite value beyond its range, or, for integers and booleans, a
-/// value that is not one of theirs.
+/// Encodes `values` into `out`, rounding floats to nearest even and quantizing to GGUF's block types. Fails with the
+/// index of the first value that the type cannot hold: a finite value beyond its range, the first of a block whose scale
+/// is, or, for integers and booleans, a value that is not one of theirs.
 ///
 /// # Panics
-/// If `out` has not the size of `values` in this type, or the type is one of GGUF's block types.
+/// If `out` has not the size of `values` in this type, or the type is a block type that refit does not write
+/// ([`WRITABLE`](crate::formats::gguf::WRITABLE)).
 pub fn encode(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<(), usize> {
     fn each<const N: usize>(values: &[f32], out: &mut [u8], f: impl Fn(f32) -> [u8; N]) {
         let (chunks, rest) = out.as_chunks_mut::<N>();
@@ -122,7 +123,7 @@ pub fn encode(dtype: DType, values: &[f32], out: &mut [u8]) -> Result<(), usize>
             each(values, out, |x| [u8::from(x != 0.0)]);
             &|x| x == 0.0 || x == 1.0
         }
-        DType::Ggml(_) => unreachable!("invariant: plans with block types are refused"),
+        DType::Ggml(ggml) => return quantize(ggml, values, out),
     };
     match values.iter().position(|&x| !holds(x)) {
         Some(index) => Err(index),

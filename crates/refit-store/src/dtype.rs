@@ -130,6 +130,13 @@ impl DType {
         Self::PLAIN.into_iter().find(|dtype| dtype.safetensors_name() == Some(name))
     }
 
+    /// The type of a name as it is displayed: safetensors' or GGML's, in any case.
+    pub fn parse(name: &str) -> Option<Self> {
+        let plain = || Self::PLAIN.into_iter();
+        let blocks = || GgmlType::ALL.iter().map(|&ggml| Self::Ggml(ggml));
+        plain().chain(blocks()).find(|dtype| dtype.to_string().eq_ignore_ascii_case(name))
+    }
+
     /// Every type that is not a GGUF block type.
     pub const PLAIN: [Self; 16] = [
         Self::F64,

@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::artifact::{Format, SideFile};
 use crate::config::{self, Config};
 use crate::error::{Error, Result, ShardFault, TensorFault};
-use crate::formats::{gguf, safetensors, torch};
+use crate::formats::{gguf, packed, safetensors, torch};
 use crate::storage::Entry;
 
 /// What lies at a path, before it becomes an [`Artifact`](crate::Artifact).
@@ -18,6 +18,8 @@ pub(crate) struct Layout {
     pub entries: Vec<Entry>,
     pub config: Config,
     pub gguf: Option<Box<gguf::Header>>,
+    /// The format of packed weights, where there are any.
+    pub packed: Option<&'static str>,
     pub side_files: Vec<SideFile>,
 }
 
@@ -49,7 +51,8 @@ pub(crate) fn open(path: &Path) -> Result<Layout> {
         open_weights(&weights)?
     };
     let config = read_config(path)?.unwrap_or(built);
-    Ok(Layout { format, entries, config, gguf, side_files: side_files(path)? })
+    let packed::Opened { entries, format: packed } = packed::open(path, entries, &config)?;
+    Ok(Layout { format, entries, config, gguf, packed, side_files: side_files(path)? })
 }
 
 /// A single weight file. Files beside it count as its own only where a `config.json` says so.
@@ -62,7 +65,9 @@ fn open_file(path: &Path) -> Result<Layout> {
     };
     let beside = if gguf.is_none() { read_config(directory)? } else { None };
     let side_files = if beside.is_some() { side_files(directory)? } else { Vec::new() };
-    Ok(Layout { format, entries, config: beside.unwrap_or(built), gguf, side_files })
+    let config = beside.unwrap_or(built);
+    let packed::Opened { entries, format: packed } = packed::open(path, entries, &config)?;
+    Ok(Layout { format, entries, config, gguf, packed, side_files })
 }
 
 fn read_config(directory: &Path) -> Result<Option<Config>> {
@@ -292,8 +297,9 @@ fn side_files(directory: &Path) -> Result<Vec<SideFile>> {
 }
 
 fn passes_through(name: &str) -> bool {
-    // The card, the lineage and the index are written anew for every output.
-    if name.ends_with(".index.json") || name == "refit.lineage.json" {
+    // The card, the lineage, the index and what a training tells are written anew for every output.
+    let anew = ["refit.lineage.json", "refit.training.json"];
+    if name.ends_with(".index.json") || anew.contains(&name) {
         return false;
     }
     let extension = Path::new(name).extension().and_then(OsStr::to_str).unwrap_or("");

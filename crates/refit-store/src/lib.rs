@@ -14,6 +14,7 @@ pub mod dtype;
 pub mod error;
 pub mod formats;
 pub mod hash;
+pub mod lattice;
 mod layout;
 pub mod lineage;
 pub mod scan;

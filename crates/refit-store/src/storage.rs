@@ -11,6 +11,7 @@ use crate::artifact::TensorInfo;
 use crate::convert;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::formats::packed::Packed;
 
 /// Bytes decoded at a time: small enough for a core's own cache, large enough to hide the call.
 const CHUNK: usize = 128 * 1024;
@@ -70,7 +71,7 @@ impl Source {
 }
 
 /// The order in which a tensor's elements lie in the file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) enum View {
     /// Row-major and contiguous.
     Plain,
@@ -83,6 +84,8 @@ pub(crate) enum View {
     Transposed { stored: DType },
     /// Every stored value is one more than Hugging Face's (GGUF's Gemma norms); presented as `F32`.
     PlusOne { stored: DType },
+    /// Codes and scales in tensors of their own; presented as `F32`.
+    Packed(Arc<Packed>),
 }
 
 /// A tensor and where it lies.
@@ -103,7 +106,7 @@ impl Entry {
             View::Plain => self.source.read_at(out, self.offset + start),
             View::Interleaved { head_dim } => self.read_interleaved(*head_dim, start, out),
             View::Strided(strides) => self.gather(strides, start, out),
-            View::Transposed { .. } | View::PlusOne { .. } => {
+            View::Transposed { .. } | View::PlusOne { .. } | View::Packed(_) => {
                 let (first, last) = (start / 4, (start + out.len() as u64).div_ceil(4));
                 let mut values = vec![0.0; (last - first) as usize];
                 self.read_f32(first as usize, &mut values)?;
@@ -120,6 +123,7 @@ impl Entry {
         self.check_range(start as u64, out.len(), self.info.numel() as u64, "elements")?;
         match &self.view {
             View::Transposed { stored } => return self.read_transposed(*stored, start, out),
+            View::Packed(packed) => return packed.read_f32(start, out),
             View::PlusOne { stored } => {
                 let plain = self.stored_as(*stored, self.info.shape.clone());
                 plain.read_f32(start, out)?;

@@ -17,7 +17,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
-pub use plan::{TensorSpec, WritePlan};
+pub use plan::{GGUF_NAME, TensorSpec, WritePlan};
 
 use crate::artifact::{SideFile, nearest};
 use crate::card::Card;
@@ -30,6 +30,7 @@ use plan::{FileLayout, INDEX_NAME, Slot};
 use stage::{JOURNAL, Stage, staging_dir, write_error};
 
 /// Elements that are encoded at a time: their bytes stay in a core's cache until they are written.
+/// Whole blocks of every type.
 const CHUNK: usize = 1 << 15;
 
 /// Name of the model card in a model directory.
@@ -106,25 +107,33 @@ impl ArtifactWriter {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner).1.contains(name)
     }
 
-    /// Writes elements `start..` of a tensor, encoded to its declared type. A finite value that the type cannot hold
-    /// is an error, never a silent infinity.
+    /// Writes elements `start..` of a tensor, encoded to its declared type; for a block type, whole blocks. A finite value
+    /// that the type cannot hold is an error, never a silent infinity.
     pub fn write_f32(&self, name: &str, start: usize, values: &[f32]) -> Result<()> {
         let (at, slot) = self.slot(name)?;
         check_range(slot, start as u64, values.len() as u64, slot.numel, "elements")?;
-        let size = slot.dtype.block_bytes();
+        let (size, block) = (slot.dtype.block_bytes(), slot.dtype.block_len());
         if slot.dtype == DType::F32 && cfg!(target_endian = "little") {
             return self.put(at, slot, (start * size) as u64, bytemuck::cast_slice(values));
         }
-        let mut buffer = vec![0; CHUNK.min(values.len()) * size];
+        if !start.is_multiple_of(block) || !values.len().is_multiple_of(block) {
+            let (out, count) = (self.out.clone(), values.len());
+            let reason = format!(
+                "tensor `{name}`: {count} elements from {start} on are no whole blocks of {}",
+                slot.dtype
+            );
+            return Err(Error::BadPlan { out, reason });
+        }
+        let mut buffer = vec![0; CHUNK.min(values.len()) / block * size];
         for (chunk, first) in values.chunks(CHUNK).zip((start..).step_by(CHUNK)) {
-            let bytes = &mut buffer[..chunk.len() * size];
+            let bytes = &mut buffer[..chunk.len() / block * size];
             convert::encode(slot.dtype, chunk, bytes).map_err(|index| Error::CannotEncode {
                 tensor: name.to_owned(),
                 index: (first + index) as u64,
                 value: chunk[index],
                 dtype: slot.dtype.to_string(),
             })?;
-            self.put(at, slot, (first * size) as u64, bytes)?;
+            self.put(at, slot, (first / block * size) as u64, bytes)?;
         }
         Ok(())
     }

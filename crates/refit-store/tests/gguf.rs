@@ -179,3 +179,22 @@ proptest! {
         }
     }
 }
+
+/// Blocks made by ggml's reference quantizers (`fixtures/make_quantized.py`).
+#[test]
+fn every_quantizer_writes_the_bytes_of_ggml() {
+    let artifact = Artifact::open(fixture("quantized.gguf")).unwrap();
+    let values = artifact.read_f32("x").unwrap();
+    for ggml in refit_store::formats::gguf::WRITABLE {
+        let info = artifact.tensor(ggml.name()).unwrap();
+        assert_eq!(info.dtype, DType::Ggml(ggml));
+        let mut theirs = vec![0; info.nbytes as usize];
+        artifact.read_raw_into(ggml.name(), 0, &mut theirs).unwrap();
+        let mut ours = vec![0; theirs.len()];
+        refit_store::convert::encode(info.dtype, &values, &mut ours).unwrap();
+        let size = ggml.block_bytes();
+        for (block, (ours, theirs)) in ours.chunks(size).zip(theirs.chunks(size)).enumerate() {
+            assert_eq!(ours, theirs, "{ggml}, block {block}");
+        }
+    }
+}

@@ -3,7 +3,8 @@
 //! ```text
 //! cargo run --release -p refit-train --example train_memory -- [adamw|galore|galore8] [per-layer] [checkpoint] [layers=30] [batch=4] [seq=256] [steps=3]
 //! ```
-//! Prints one line of JSON: bytes of parameters, of optimizer state and of gradients at their peak, the process's peak memory over
+//! Prints one line of JSON: bytes of parameters, of optimizer state (as measured, and as the formulas below say) and of gradients at
+//! their peak, the process's peak memory over
 //! the steps, and the median time of a step.
 
 use refit_nn::scratch::DecoderShape;
@@ -43,6 +44,17 @@ fn main() -> Result<(), BoxError> {
     let model = shape.init(0, &Device::flex())?;
     let parameters: usize =
         model.parameters().iter().map(|p| 4 * p.shape.iter().product::<usize>()).sum();
+    let formula: usize = model
+        .parameters()
+        .iter()
+        .map(|p| {
+            let target = p.shape.len() == 2 && ["attn", "mlp"].iter().any(|t| p.name.contains(t));
+            match has("galore") || has("galore8") {
+                true if target => galore_bytes(p.shape[0], p.shape[1], 128, has("galore8")),
+                _ => moment_bytes(p.shape.iter().product(), has("galore8")) * 2,
+            }
+        })
+        .sum();
     let mut trainer = Trainer::new(model, recipe)?;
     let checkpoint = has("checkpoint");
     let ids: Vec<u32> = (0..batch * seq).map(|i| (i * 7919 % 49152) as u32).collect();
@@ -66,10 +78,25 @@ fn main() -> Result<(), BoxError> {
         "{}",
         serde_json::json!({
             "setting": words, "parameters": parameters, "state": trainer.state_bytes(),
+            "state_by_formula": formula,
             "gradients": trainer.gradient_bytes(), "resident_before": before,
             "peak": peak_memory().filter(|_| reset), "first_seconds": first,
             "seconds": seconds[seconds.len() / 2], "loss": loss,
         })
     );
     Ok(())
+}
+
+/// One moment of Adam: four bytes an element; one byte, and a scale for every 256, in 8 bits (from 4096 elements on).
+fn moment_bytes(elements: usize, eight_bit: bool) -> usize {
+    match eight_bit && elements >= 4096 {
+        true => elements + 4 * elements.div_ceil(256),
+        false => 4 * elements,
+    }
+}
+
+/// GaLore on `[m, n]`: the basis of the smaller extent in f32, `r min(m, n)`, and two moments of `r max(m, n)`.
+fn galore_bytes(m: usize, n: usize, rank: usize, eight_bit: bool) -> usize {
+    let rank = rank.min(m.min(n));
+    4 * rank * m.min(n) + 2 * moment_bytes(rank * m.max(n), eight_bit)
 }

@@ -1,10 +1,11 @@
-//! Time of one train step of a decoder from scratch, with AdamW, in f32.
+//! Time of one train step of a decoder from scratch, with AdamW.
 //!
 //! ```text
-//! RAYON_NUM_THREADS=2 cargo run --release -p refit-train --example train_step -- [STEPS] [BATCH] [SEQ]
+//! RAYON_NUM_THREADS=2 cargo run --release -p refit-train --example train_step -- [STEPS] [BATCH] [SEQ] [f32|bf16]
 //! ```
 //! The shape is that of `benches/peers/train_torch.py`: 6 blocks, width 256, MLP 768, vocabulary 4096. Prints one line of JSON.
 
+use refit_nn::ops::Precision;
 use refit_nn::scratch::DecoderShape;
 use refit_nn::{BurnDevice as Device, Decoder, Run};
 use refit_train::BoxError;
@@ -12,7 +13,13 @@ use refit_train::train::loss::next_token;
 use refit_train::train::{At, Recipe, Terms, Trainer};
 
 fn main() -> Result<(), BoxError> {
-    let mut numbers = std::env::args().skip(1).map(|a| a.parse::<usize>());
+    let mut words: Vec<String> = std::env::args().skip(1).collect();
+    let precision = match words.last().map(String::as_str) {
+        Some("bf16") => Precision::Bf16,
+        _ => Precision::F32,
+    };
+    words.retain(|word| word != "bf16" && word != "f32");
+    let mut numbers = words.iter().map(|a| a.parse::<usize>());
     let mut next = |default| numbers.next().unwrap_or(Ok(default));
     let (steps, batch, seq) = (next(15)?, next(8)?, next(128)?);
     let shape = DecoderShape {
@@ -28,7 +35,8 @@ fn main() -> Result<(), BoxError> {
     let mut trainer = Trainer::new(shape.init(0, &Device::flex())?, Recipe::new(1000, 1e-3))?;
     let ids: Vec<u32> = (0..batch * seq).map(|i| (i * 7919 % 4096) as u32).collect();
     let objective = |model: &Decoder, _: At| -> Result<Terms, BoxError> {
-        let (loss, tokens) = next_token(model, &ids, batch, None, &mut Run::plain())?;
+        let mut run = Run { precision, ..Run::plain() };
+        let (loss, tokens) = next_token(model, &ids, batch, None, &mut run)?;
         Ok(Terms::one("ce", loss, tokens))
     };
     let mut seconds = Vec::new();

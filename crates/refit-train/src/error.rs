@@ -122,6 +122,22 @@ pub enum Error {
         /// Number of classes.
         classes: usize,
     },
+    /// A class that cannot be learned and held out.
+    #[error("class {class} has {examples} examples; a head needs at least two of every class")]
+    FewExamples {
+        /// The class.
+        class: usize,
+        /// How many there are.
+        examples: usize,
+    },
+    /// A feature that is not finite.
+    #[error("feature {column} of item {item} is not finite: the weights or an operation overflow")]
+    Feature {
+        /// Item, counted from 0.
+        item: usize,
+        /// Column, counted from 0.
+        column: usize,
+    },
     /// Two models that share no activation to compare.
     #[error("nothing to compare: {what}")]
     NothingShared {

@@ -5,6 +5,8 @@ pub mod claim;
 pub mod differential;
 pub mod error;
 pub mod eval;
+pub mod features;
+pub mod logistic;
 pub mod measure;
 pub mod observe;
 pub mod rng;

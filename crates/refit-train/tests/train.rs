@@ -301,7 +301,7 @@ fn long_recipe() -> Recipe {
     recipe
 }
 
-fn options(dir: &Path) -> RunOptions<'static> {
+fn options<'a>(dir: &Path) -> RunOptions<'a> {
     RunOptions {
         dir: Some(dir.into()),
         every: 5,
@@ -309,6 +309,7 @@ fn options(dir: &Path) -> RunOptions<'static> {
         resume: true,
         identity: "rows".into(),
         on_step: None,
+        on_checkpoint: None,
     }
 }
 

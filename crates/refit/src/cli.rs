@@ -4,12 +4,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+
+use refit_train::train::Ranks;
 
 use crate::failure::{Code, Failure, Result};
 use crate::output::{self, Outcome};
 use crate::progress::{Progress, Style};
-use crate::{interrupt, verbs};
+use crate::{interrupt, ranks, verbs};
 
 /// Give people the model they need from the pretrained models they already have.
 #[derive(Debug, Parser)]
@@ -50,7 +52,7 @@ pub struct Global {
     /// Show no progress
     #[arg(long, short, global = true)]
     pub quiet: bool,
-    /// Worker threads [default: all cores]
+    /// Worker threads [default: all cores, shared between the processes of a launcher]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// Where models run
@@ -128,6 +130,8 @@ pub struct App {
     pub global: Global,
     /// Where progress goes.
     pub progress: Arc<Progress>,
+    /// The processes that work on this command together.
+    pub ranks: Ranks,
 }
 
 /// Parses the command line, does the work, prints the outcome.
@@ -139,30 +143,52 @@ pub fn main() -> Code {
         Err(error) => return refuse(&error, as_json),
     };
     interrupt::expect(matches.subcommand_name().is_some_and(|verb| RESUMING.contains(&verb)));
-    // `apply` is not derived: its flags come from the methods.
-    let (global, result) = if let Some(("apply", sub)) = matches.subcommand() {
+    let ranks = match ranks::start(&matches) {
+        Ok(ranks) => ranks,
+        Err(failure) => {
+            if ranks::speaks() {
+                output::print_failure(&failure, as_json);
+            }
+            return failure.code;
+        }
+    };
+    let _together = ranks::EndTogether(ranks.clone());
+    // `apply` and `export` are not derived: their flags come from the methods.
+    type Run = fn(&App, &ArgMatches) -> Result<Outcome>;
+    let of_methods: Option<(Run, &ArgMatches)> = match matches.subcommand() {
+        Some(("apply", sub)) => Some((verbs::apply::run, sub)),
+        Some(("export", sub)) => Some((verbs::export::run, sub)),
+        _ => None,
+    };
+    let (global, result) = if let Some((run, sub)) = of_methods {
         match Global::from_arg_matches(&matches) {
-            Ok(global) => (
-                global.clone(),
-                setup(global).and_then(|app| in_pool(|| verbs::apply::run(&app, sub))),
-            ),
+            Ok(global) => {
+                let done = setup(global.clone(), &ranks).and_then(|app| in_pool(|| run(&app, sub)));
+                (global, done)
+            }
             Err(error) => return refuse(&error, as_json),
         }
     } else {
         match Cli::from_arg_matches(&matches) {
             Ok(cli) => (
                 cli.global.clone(),
-                setup(cli.global).and_then(|app| in_pool(|| cli.verb.run(&app))),
+                setup(cli.global, &ranks).and_then(|app| in_pool(|| cli.verb.run(&app))),
             ),
             Err(error) => return refuse(&error, as_json),
         }
     };
     let as_json = as_json || global.json;
-    let done = result.and_then(|outcome| output::print(&outcome, as_json).map(|()| outcome.code));
-    done.unwrap_or_else(|failure| {
-        output::print_failure(&failure, as_json);
+    let done = ranks.settle(result).and_then(|outcome| {
+        let printed = if ranks.leads() { output::print(&outcome, as_json) } else { Ok(()) };
+        printed.map(|()| outcome.code)
+    });
+    let code = done.unwrap_or_else(|failure| {
+        if ranks.speaks() {
+            output::print_failure(&failure, as_json);
+        }
         failure.code
-    })
+    });
+    ranks::finish(&ranks, code)
 }
 
 /// Works on one of the worker threads: kernels then start where they are called instead of waking others and
@@ -173,11 +199,11 @@ fn in_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 
 /// The whole command.
 pub fn command() -> clap::Command {
-    Cli::command().subcommand(verbs::apply::command())
+    Cli::command().subcommand(verbs::apply::command()).subcommand(verbs::export::command())
 }
 
 /// Verbs whose next run goes on where an interrupted one stopped.
-const RESUMING: &[&str] = &["apply", "claim", "pull", "run"];
+const RESUMING: &[&str] = &["apply", "claim", "export", "pull", "run"];
 
 /// Whether `--json` is among the arguments: it decides how a wrong command line is reported, too.
 fn asks_for_json(args: impl Iterator<Item = std::ffi::OsString>) -> bool {
@@ -186,6 +212,9 @@ fn asks_for_json(args: impl Iterator<Item = std::ffi::OsString>) -> bool {
 
 /// Help and version go to standard output and succeed; everything else is a wrong command line.
 fn refuse(error: &clap::Error, as_json: bool) -> Code {
+    if !ranks::speaks() {
+        return if error.use_stderr() { Code::Usage } else { Code::Ok };
+    }
     if !error.use_stderr() {
         // Failing to print help leaves no better place to say so.
         let _ = error.print();
@@ -212,21 +241,22 @@ fn in_words(error: &clap::Error) -> String {
     lines.join("; ").replace(":; ", ": ")
 }
 
-fn setup(global: Global) -> Result<App> {
+fn setup(global: Global, ranks: &Ranks) -> Result<App> {
     if !global.device.is_built() {
         let name = global.device.as_str();
         return Err(Failure::usage(format!(
             "--device {name}: this refit was built without it; build one with `cargo build --release -p refit --features {name}`"
         )));
     }
+    let shared = ranks::threads(ranks)?;
     rayon::ThreadPoolBuilder::new()
-        .num_threads(global.threads.map_or(0, Into::into))
+        .num_threads(global.threads.map_or(shared, Into::into))
         // Verbs run on a worker: give it the stack that a main thread has.
         .stack_size(8 << 20)
         .build_global()
         .map_err(|e| Failure::system(format!("cannot start the worker threads: {e}")))?;
-    let progress = Arc::new(Progress::new(Style::choose(global.quiet)));
-    Ok(App { global, progress })
+    let progress = Arc::new(Progress::new(Style::choose(global.quiet || !ranks.leads())));
+    Ok(App { global, progress, ranks: ranks.clone() })
 }
 
 impl Verb {

@@ -23,6 +23,14 @@ pub enum Code {
     Interrupted = 4,
 }
 
+impl Code {
+    /// The code of this number; what no code has is a failure of the system.
+    pub fn of(number: u8) -> Self {
+        let all = [Self::Ok, Self::No, Self::Usage, Self::System, Self::Interrupted];
+        all.into_iter().find(|code| *code as u8 == number).unwrap_or(Self::System)
+    }
+}
+
 /// An error with its exit code, ready to be shown.
 #[derive(Debug)]
 pub struct Failure {
@@ -159,7 +167,13 @@ macro_rules! from_library {
     )+};
 }
 
-from_library!(refit_data::Error, refit_nn::Error, refit_train::Error, refit_methods::Error);
+from_library!(
+    refit_data::Error,
+    refit_nn::Error,
+    refit_train::Error,
+    refit_train::train::TrainError,
+    refit_methods::Error,
+);
 
 #[cfg(test)]
 mod tests {

@@ -17,6 +17,8 @@ pub struct Grid {
     pub uniform: bool,
     /// Matrices that were sampled.
     pub matrices: usize,
+    /// How many of them lie on a grid.
+    pub on_grid: usize,
     /// Stored type when it is itself a block-quantized one.
     pub stored: Option<String>,
 }
@@ -32,7 +34,8 @@ pub fn detect(artifact: &Artifact) -> Result<Grid> {
     let names: Vec<&str> = linears.iter().step_by(step).map(|site| site.name.as_str()).collect();
     let found = names.iter().map(|name| Ok(artifact.grid(name)?)).collect::<Result<Vec<_>>>()?;
     let stored = found.iter().flatten().find_map(|grid| grid.stored.clone());
-    let none = Grid { matrices: names.len(), stored, ..Grid::default() };
+    let on_grid = found.iter().flatten().count();
+    let none = Grid { matrices: names.len(), on_grid, stored, ..Grid::default() };
     let Some(grids) = found.into_iter().collect::<Option<Vec<_>>>() else { return Ok(none) };
     Ok(Grid {
         bits: grids.iter().map(refit_store::Grid::bits).max(),
@@ -43,6 +46,22 @@ pub fn detect(artifact: &Artifact) -> Result<Grid> {
 }
 
 impl Grid {
+    /// What to say to someone who is about to quantize the model or to compare with it; `None` for a model off every grid.
+    pub fn warning(&self) -> Option<String> {
+        match self.bits {
+            Some(bits) => Some(format!(
+                "its weights were quantized before ({bits} bits per {}): differences to them are not differences to the \
+                 original, and quantizing at {bits} bits or more in such groups changes nothing",
+                self.span()
+            )),
+            None if self.on_grid > 0 => Some(format!(
+                "{} of {} sampled matrices were quantized before: their weights lie on a grid",
+                self.on_grid, self.matrices
+            )),
+            None => None,
+        }
+    }
+
     /// What shares a grid, in words.
     pub fn span(&self) -> String {
         self.group.map_or_else(|| "whole rows".to_owned(), |group| format!("{group} inputs"))
@@ -58,6 +77,9 @@ impl std::fmt::Display for Grid {
                 if self.uniform { "grid" } else { "codebook" },
                 self.span()
             )?,
+            None if self.on_grid > 0 => {
+                write!(f, "in {} of {} sampled matrices", self.on_grid, self.matrices)?;
+            }
             None => write!(f, "none found in {} sampled matrices", self.matrices)?,
         }
         match &self.stored {

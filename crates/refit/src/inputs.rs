@@ -238,32 +238,3 @@ pub fn read_text(path: &Path) -> Result<String> {
         ))
     })
 }
-
-/// Images in one folder per class, classes numbered in the order of their names.
-pub fn labelled_images(dir: &Path) -> Result<Vec<(PathBuf, usize)>> {
-    let list = |dir: &Path| -> Result<Vec<PathBuf>> {
-        let entries = std::fs::read_dir(dir).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Failure::usage(format!("{}: no such directory", dir.display()))
-            }
-            _ => Failure::io(dir, "list", &e),
-        })?;
-        let mut paths = entries
-            .map(|entry| entry.map(|e| e.path()))
-            .collect::<std::io::Result<Vec<_>>>()
-            .map_err(|e| Failure::io(dir, "list", &e))?;
-        paths.sort();
-        Ok(paths)
-    };
-    let mut images = Vec::new();
-    for (class, folder) in list(dir)?.into_iter().filter(|p| p.is_dir()).enumerate() {
-        images.extend(list(&folder)?.into_iter().filter(|p| p.is_file()).map(|p| (p, class)));
-    }
-    if images.is_empty() {
-        return Err(Failure::usage(format!(
-            "{}: no images; expected one folder per class with image files in it",
-            dir.display()
-        )));
-    }
-    Ok(images)
-}

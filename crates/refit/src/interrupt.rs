@@ -5,7 +5,7 @@ use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::failure::{Code, Failure};
-use crate::output;
+use crate::{output, progress, ranks};
 
 /// Whether the verb at work keeps what it has finished for its next run.
 static RESUMES: AtomicBool = AtomicBool::new(false);
@@ -15,8 +15,12 @@ pub fn install(as_json: bool) {
     // A second handler in the same process is the only possible error; it changes nothing.
     let _ = ctrlc::set_handler(move || {
         let resumes = RESUMES.load(Ordering::Relaxed);
+        if !ranks::speaks() {
+            std::process::exit(Code::Interrupted as i32);
+        }
         let mut err = std::io::stderr();
-        if !as_json && err.is_terminal() {
+        // A dashboard clears itself away and says in a line where the training stood.
+        if !progress::abandon(!as_json) && !as_json && err.is_terminal() {
             // Below the bar that may stand there.
             let _ = writeln!(err);
         }

@@ -13,6 +13,7 @@ mod labelled;
 mod machine;
 mod output;
 mod progress;
+mod ranks;
 mod recipe;
 mod report;
 mod suggest;

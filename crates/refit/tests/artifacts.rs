@@ -229,7 +229,7 @@ fn a_killed_training_resumes_to_the_same_bytes() {
         caught += usize::from(!done.exists());
         if !done.exists() {
             let other = [&args[..], &["--learning-rate", "1e-3", "-o", &out]].concat();
-            place.run(&other).code(2).says(&["the run had other data or another base model"]);
+            place.run(&other).code(2).says(&["the recipe changed", "`rate` was 0.0002, is 0.001"]);
             place.run(&[&args[..], &["-o", &out]].concat()).code(0);
         }
         assert!(contents(&done) == contents(&place.path("whole")), "killed after step {step}");

@@ -183,9 +183,78 @@ fn report_draws_a_run_again() {
     place.run(&["report", "r", "-o", "mine.html", "--force"]).code(0);
     assert!(std::fs::read_to_string(place.path("mine.html")).unwrap().contains("FineQuant"));
 
+    // One adapter has a page of its own, beside its directory.
+    let train =
+        ["apply", "lora", "builtin:tiny", "--data", "builtin:kjv-calib", "--text", "builtin:kjv"];
+    let few = ["--steps", "3", "--batch", "1", "--max-length", "32", "-o", "verses"];
+    place.run(&[&train[..], &few].concat()).code(0);
+    place.run(&["report", "verses", "--dry-run"]).code(0);
+    assert!(!place.path("verses.report.html").exists());
+    place.run(&["report", "verses"]).code(0);
+    place.run(&["report", "verses/"]).code(0);
+    let page = std::fs::read_to_string(place.path("verses.report.html")).unwrap();
+    for part in [
+        "LoRA of builtin:tiny",
+        "<h2>Training</h2>",
+        "perplexity, before to after",
+        "Learning rate",
+        "refit apply lora",
+    ] {
+        assert!(page.contains(part), "{part} is missing");
+    }
+    assert!(
+        !page.contains("0.00 s")
+            && !page.contains("refit run")
+            && !page.contains("<h2>Machine</h2>")
+    );
+    place.run(&["lineage", "verses"]).code(0);
+    // A model that was made of it does not take its training for its own.
+    place
+        .run(&[
+            "apply",
+            "fine-tune",
+            "builtin:tiny",
+            "--data",
+            "builtin:kjv-calib",
+            "--steps",
+            "1",
+            "--batch",
+            "1",
+            "--max-length",
+            "16",
+            "-o",
+            "tuned",
+        ])
+        .code(0);
+    place.run(&["apply", "rtn", "tuned", "--bits", "4", "-o", "small"]).code(0);
+    place.run(&["report", "small"]).code(0);
+    let page = std::fs::read_to_string(place.path("small.report.html")).unwrap();
+    assert!(page.contains("refit apply rtn") && !page.contains("<h2>Training</h2>"));
+
     place.run(&["report", "nothing"]).code(2).says(&["nothing"]);
     place.write("bad/run.json", "{\n\"schema\": 1,\n oops");
     place.run(&["report", "bad"]).code(2).says(&["run.json", "line 3"]);
     place.write("new/run.json", "{\"schema\": 99}");
     place.run(&["report", "new"]).code(2).says(&["schema 99"]);
+}
+
+/// A binary without MPI that a launcher starts twice would write one output twice.
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_launcher_needs_mpi_and_work_that_can_be_shared() {
+    let place = Place::new();
+    let run = |rank: &str, args: &[&str]| {
+        let mut command = place.command();
+        command.env("OMPI_COMM_WORLD_SIZE", "2").env("OMPI_COMM_WORLD_RANK", rank).args(args);
+        common::Ran::of(command.output().unwrap()).code(2)
+    };
+    let train = ["apply", "lora", "builtin:tiny", "--data", "builtin:kjv-calib", "-o", "out"];
+    run("0", &train).says(&["2 processes were started", "--features mpi"]);
+    run("0", &["inspect", "builtin:tiny"]).says(&["2 processes were started", "work for one"]);
+    let rtn = ["apply", "rtn", "builtin:tiny", "-o", "out"];
+    run("0", &rtn).says(&["`refit apply rtn` is work for one"]);
+    for args in [&train[..], &rtn, &["no-verb"]] {
+        assert_eq!(run("1", args).err, "", "process 1 has nothing to add");
+    }
+    assert!(place.names().is_empty());
 }

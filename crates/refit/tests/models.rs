@@ -250,3 +250,72 @@ fn classify_measures_accuracy_on_labelled_images() {
     place.refuses(&["classify", "vit", "--labelled", &image], 2, &["IDX pair"]);
     place.refuses(&["classify", "vit", &image, "--labelled", "set"], 2, &["--labelled"]);
 }
+
+/// Texts of two classes, and a probe on a two-block BERT that tells them apart.
+fn text_classifier(place: &Place) -> String {
+    place.bert("bert");
+    // Fewer rows than features: a light penalty lets the probe learn them all.
+    let rows: String = (0..24)
+        .map(|i| {
+            let (class, label) = [(5, "low"), (40, "high")][i % 2];
+            let at = i / 2;
+            let text = format!("w{} w{} w{}", class + at % 9, 25 + at % 7, class + at * 3 % 9);
+            json!({"text": text, "label": label}).to_string() + "\n"
+        })
+        .collect();
+    let table = place.write("lesson.jsonl", rows);
+    let light = ["--l2", "1e-3", "-o", "probe"];
+    place.run(&[&["apply", "linear-probe", "bert", "--data", &table][..], &light].concat()).code(0);
+    table
+}
+
+#[test]
+fn classify_reads_texts() {
+    let place = Place::new();
+    let table = text_classifier(&place);
+    let lines = place.write("lines.txt", "w6 w26 w8\nw41 w26 w43\n");
+    let found = place.run(&["classify", "probe", "--text", &lines, "--json"]).json();
+    let results = found["results"].as_array().unwrap();
+    assert_eq!((results.len(), &results[0]["text"]), (2, &json!("w6 w26 w8")));
+    for (result, wanted) in results.iter().zip(["low", "high"]) {
+        let classes = result["classes"].as_array().unwrap();
+        assert_eq!((classes.len(), &classes[0]["label"]), (2, &json!(wanted)), "{result}");
+        let logit = |i: usize| result["logits"][i].as_f64().unwrap();
+        let difference = (logit(0) - logit(1)).abs();
+        let probability = classes[0]["probability"].as_f64().unwrap();
+        assert!((probability - 1.0 / (1.0 + (-difference).exp())).abs() < 1e-6, "{result}");
+    }
+    let shown = place.run(&["classify", "probe", "--text", &lines, "--top", "1"]).code(0).out;
+    assert!(shown.contains("w41 w26 w43") && shown.contains("high"), "{shown}");
+    for flag in ["--labelled", "--data"] {
+        let found = place.run(&["classify", "probe", flag, &table, "--json"]).json();
+        assert_eq!((&found["accuracy"], &found["n"]), (&json!(1.0), &json!(24)), "{found}");
+    }
+    // Numbers name classes too, and columns may have other names.
+    let csv = place.write("held.csv", "words,kind\nw6 w26 w8,1\nw41 w26 w43,1\n");
+    let columns = ["--text-column", "words", "--label-column", "kind"];
+    let args = [&["classify", "probe", "--data", &csv, "--json"][..], &columns].concat();
+    assert_eq!(place.run(&args).json()["accuracy"], json!(0.5));
+
+    let shown = place.run(&["inspect", "probe"]).code(0).out;
+    assert!(shown.contains("2: high, low"), "{shown}");
+    assert_eq!(place.run(&["inspect", "probe", "--json"]).json()["labels"], json!(["high", "low"]));
+    assert_eq!(place.run(&["inspect", "bert", "--json"]).json()["labels"], json!(null));
+    let shown = place.run(&["explain", "probe"]).code(0).out;
+    assert!(shown.contains("for each text 2 scores, one per class (high, low)"), "{shown}");
+
+    let image = place.picture("shapes.png");
+    place.refuses(&["classify", "probe", &image], 2, &["--text FILE"]);
+    place.refuses(&["classify", "bert", "--text", &lines], 2, &["text encoder", "linear-probe"]);
+    let blank = place.write("blank.txt", "w6\n\nw7\n");
+    place.refuses(&["classify", "probe", "--text", &blank], 2, &["blank.txt", "line 2"]);
+    let wrong = place.write("wrong.csv", "text,label\nw6,low\nw7,middle\n");
+    place.refuses(
+        &["classify", "probe", "--data", &wrong],
+        2,
+        &["wrong.csv:3", "`middle`", "high, low"],
+    );
+    place.vit("vit");
+    place.refuses(&["classify", "vit", "--text", &lines], 2, &["image model"]);
+    place.refuses(&["classify", "vit", "--labelled", &wrong], 2, &["wrong.csv", "images"]);
+}

@@ -194,6 +194,8 @@ fn no_artifact_leaves_without_card_and_lineage() {
     let place = Place::new();
     let listed = place.run(&["methods", "--json"]).json();
     let short = ["--text", "builtin:calibration", "--samples", "2", "--sequence-length", "64"];
+    let rows = |i: usize| format!("{{\"text\": \"line {i}\", \"label\": \"{}\"}}\n", i % 2);
+    let lesson = place.write("lesson.jsonl", (0..8).map(rows).collect::<String>());
     for method in listed["methods"].as_array().unwrap() {
         if method["output"] == "report" {
             continue;
@@ -218,6 +220,9 @@ fn no_artifact_leaves_without_card_and_lineage() {
                 "--max-length",
                 "32",
             ]);
+        }
+        if ["linear-probe", "lp-ft"].contains(&name) {
+            more.extend(["--data", &lesson]);
         }
         if name == "unified-peft" {
             more.extend(["--bottleneck", "8"]);

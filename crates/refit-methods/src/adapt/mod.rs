@@ -5,6 +5,7 @@
 //! | [`training`] | the parameters of a run that all methods share, and the examples |
 //! | [`frame`] | load, attach, train, measure, write: what every method here fills |
 //! | [`target`] | which linears an adapter sits on |
+//! | [`probe`] | classification heads: on frozen features, and with what stands under them |
 //! | the others | one method each |
 //!
 //! Base weights that do not train get no gradient, no optimizer state and no decay.
@@ -17,6 +18,7 @@ pub mod hft;
 pub mod ia3;
 pub mod lora;
 pub mod merge;
+pub mod probe;
 pub mod select;
 pub mod target;
 pub mod training;
@@ -38,6 +40,8 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<unified::UnifiedPeft>(),
     Entry::of::<select::BitFit>(),
     Entry::of::<select::LnTuning>(),
+    Entry::of::<probe::LinearProbe>(),
+    Entry::of::<probe::LpFt>(),
     Entry::of::<finetune::FineTune>(),
     Entry::of::<hft::Hft>(),
     Entry::of::<galore::GaLore>(),

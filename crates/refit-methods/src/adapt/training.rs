@@ -3,6 +3,7 @@
 use clap::Args;
 use refit_data::examples::{self, Example, Length};
 use refit_nn::config::TransformerConfig;
+use refit_nn::ops::{Precision, bf16};
 use refit_store::architecture::Kind;
 use refit_train::train::schedule::Decay;
 use refit_train::train::{OptimizerConfig, Recipe, Schedule};
@@ -51,6 +52,10 @@ pub struct Training {
     /// Keep only the inputs of blocks for the backward pass and run each block again there: less memory, more time.
     #[arg(long)]
     pub checkpoint_activations: bool,
+    /// Operands of the large matrix products: `bf16` rounds them to bfloat16, which is faster on processors with AVX-512 BF16
+    /// (slower elsewhere); sums, weights and optimizer states stay in f32.
+    #[arg(long, value_enum, default_value_t)]
+    pub precision: Numbers,
     /// Cut records that are longer instead of refusing them.
     #[arg(long)]
     pub truncate: bool,
@@ -81,6 +86,29 @@ pub enum Curve {
     Wsd,
     /// Falls as one over the root of the step.
     InverseSqrt,
+}
+
+/// Operands of matrix products.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Numbers {
+    /// As they are.
+    #[default]
+    F32,
+    /// Rounded to bfloat16.
+    Bf16,
+}
+
+impl Numbers {
+    /// As kernels call it.
+    pub fn precision(self) -> Precision {
+        match self {
+            Self::F32 => Precision::F32,
+            Self::Bf16 => Precision::Bf16,
+        }
+    }
 }
 
 /// Optimizer.
@@ -279,6 +307,13 @@ pub fn describe(
         training.batch * training.accumulate,
         examples.len()
     ));
+    if training.precision == Numbers::Bf16 && !bf16::native() {
+        plan.warnings.push(
+            "this processor has no bfloat16 instructions: --precision bf16 gives the same result as where it has, and is \
+             slower than f32"
+                .into(),
+        );
+    }
     let weights: u64 = model.artifact.tensors().iter().map(|info| info.numel() as u64).sum();
     let rows = (training.batch * longest) as u64;
     // Per token and block: residual, two norms, q, k, v, heads, gate, up, their product, and what the backward pass adds.

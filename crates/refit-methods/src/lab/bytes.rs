@@ -178,8 +178,9 @@ impl Fit {
         let started = std::time::Instant::now();
         trainer.run(&self.objective(text), options)?;
         let seconds = started.elapsed().as_secs_f64();
-        let (state_bytes, gradient_bytes) = (trainer.state_bytes(), trainer.gradient_bytes());
-        Ok(Fitted { model: trainer.into_model(), seconds, state_bytes, gradient_bytes })
+        let states = trainer.states().map(|(name, bytes)| (name.to_owned(), bytes)).collect();
+        let gradient_bytes = trainer.gradient_bytes();
+        Ok(Fitted { model: trainer.into_model(), seconds, states, gradient_bytes })
     }
 }
 
@@ -189,8 +190,8 @@ pub struct Fitted {
     pub model: Decoder,
     /// Wall time of the training.
     pub seconds: f64,
-    /// Bytes of optimizer state at the end.
-    pub state_bytes: usize,
+    /// Bytes of optimizer state at the end, by parameter.
+    pub states: Vec<(String, usize)>,
     /// The most bytes of gradients that existed at once.
     pub gradient_bytes: usize,
 }

@@ -19,7 +19,7 @@ use crate::merge::fold;
 use crate::merge::group::{Group, HELD, PIECE, Part};
 use crate::merge::kernel::Kernel;
 use crate::method::{Action, Context, Output, Plan, PlannedTensor, Unit};
-use crate::rewrite::{OutputType, copy_from};
+use crate::rewrite::{OutputType, copy_as};
 
 mod fit;
 
@@ -318,7 +318,7 @@ impl Program {
         let (base, inputs, kernel) = match &job.work {
             Work::Copy(part) => {
                 let model = &models[part.model];
-                return copy_from(&model.artifact, &model.source, &part.tensor, emitter, tensor);
+                return copy_as(&model.artifact, &part.tensor, &model.source, emitter, tensor);
             }
             Work::Merge { base, inputs, kernel } => (base, inputs, kernel),
         };

@@ -10,9 +10,11 @@
 //!
 //! A method here writes the *decoded* weights in an ordinary model directory, so that every tool
 //! can run the result, and records bits and group sizes in `refit.quantization.json`, so that the
-//! bytes which a packed file would take are known.
+//! bytes which a packed file would take are known. [`export`] writes such files: GGUF,
+//! compressed-tensors, GPTQ.
 
 pub mod chain;
+pub mod export;
 pub mod finequant;
 pub mod gptq;
 pub mod grid;
@@ -23,5 +25,9 @@ pub mod rtn;
 use crate::registry::Entry;
 
 /// The methods of this family.
-pub const METHODS: &[Entry] =
-    &[Entry::of::<rtn::Rtn>(), Entry::of::<finequant::FineQuant>(), Entry::of::<gptq::Gptq>()];
+pub const METHODS: &[Entry] = &[
+    Entry::of::<rtn::Rtn>(),
+    Entry::of::<finequant::FineQuant>(),
+    Entry::of::<gptq::Gptq>(),
+    Entry::of::<export::Export>(),
+];

@@ -166,16 +166,18 @@ pub(crate) fn forward(
     run: &mut Run,
 ) -> Tensor<3> {
     if let Some(lora) = dense.weight.reparameterization::<Lora>() {
-        let down = ops::linear(run.drop(x.clone()), lora.a.val(), None);
-        let side = ops::linear(down * lora.scale, lora.b.val(), None);
-        return ops::linear(x, dense.weight.base(), bias) + side;
+        let dropped = run.drop(x.clone());
+        let down = run.linear(dropped, lora.a.val(), None);
+        let side = run.linear(down * lora.scale, lora.b.val(), None);
+        return run.linear(x, dense.weight.base(), bias) + side;
     }
     if let Some(dora) = dense.weight.reparameterization::<Dora>() {
         let base = dense.weight.base();
         let rows = dora.magnitude.val() / dora.row_norms(&base);
-        let down = ops::linear(run.drop(x.clone()), dora.a.val(), None);
-        let side = ops::linear(down * dora.scale, dora.b.val(), None);
-        let y = (ops::linear(x, base, None) + side) * rows.unsqueeze();
+        let dropped = run.drop(x.clone());
+        let down = run.linear(dropped, dora.a.val(), None);
+        let side = run.linear(down * dora.scale, dora.b.val(), None);
+        let y = (run.linear(x, base, None) + side) * rows.unsqueeze();
         return match bias {
             Some(bias) => y + bias.unsqueeze(),
             None => y,
@@ -184,11 +186,11 @@ pub(crate) fn forward(
     if let Some(ia3) = dense.weight.reparameterization::<Ia3>() {
         let factors = ia3.factors.val().unsqueeze();
         return match ia3.side {
-            Side::Input => ops::linear(x * factors, dense.weight.base(), bias),
-            Side::Output => ops::linear(x, dense.weight.base(), bias) * factors,
+            Side::Input => run.linear(x * factors, dense.weight.base(), bias),
+            Side::Output => run.linear(x, dense.weight.base(), bias) * factors,
         };
     }
-    ops::linear(x, dense.weight.val(), bias)
+    run.linear(x, dense.weight.val(), bias)
 }
 
 struct Attach<R>(Option<R>);

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::cpu::{SendPtr, dot, softmax_row};
 use super::simd::{erf, exp, fma, simd};
-use super::{Activation, AttentionSpec};
+use super::{Activation, AttentionSpec, Precision, bf16};
 
 /// Rows whose column sums one task takes.
 const ROW_GROUP: usize = 64;
@@ -24,9 +24,21 @@ const LOGIT_BUDGET: usize = 1 << 22;
 type Operand<'a> = (&'a [f32], usize, usize);
 
 /// `out[m, n] = a[m, k] · b[k, n]`, added to what `out` holds when `add`.
-#[allow(clippy::too_many_arguments)] // two operands, where the product goes, three extents
-fn product(a: Operand, b: Operand, out: &mut [f32], m: usize, k: usize, n: usize, add: bool) {
+#[allow(clippy::too_many_arguments)] // two operands, where the product goes, three extents, and how
+fn product(
+    a: Operand,
+    b: Operand,
+    out: &mut [f32],
+    m: usize,
+    k: usize,
+    n: usize,
+    add: bool,
+    precision: Precision,
+) {
     debug_assert!(out.len() >= m * n);
+    if precision == Precision::Bf16 && bf16::worth(m, k, n) {
+        return bf16::product(a, b, out, m, k, n, add);
+    }
     let threads = if m * n * k < 1 << 20 { Parallelism::None } else { Parallelism::Rayon(0) };
     // SAFETY: the callers pass slices that hold all elements their strides reach; checked in debug builds by the tests.
     unsafe { raw_product(a, b, out.as_mut_ptr(), n, m, k, n, add, 1.0, threads) }
@@ -74,18 +86,18 @@ unsafe fn raw_product(
 }
 
 /// Gradient of the input of `x · wᵀ`: `g[m, n] · w[n, k]`.
-pub fn linear_x(g: &[f32], w: &[f32], k: usize, n: usize) -> Vec<f32> {
+pub fn linear_x(g: &[f32], w: &[f32], k: usize, n: usize, precision: Precision) -> Vec<f32> {
     let m = g.len() / n;
     let mut out = vec![0.0; m * k];
-    product((g, n, 1), (w, k, 1), &mut out, m, n, k, false);
+    product((g, n, 1), (w, k, 1), &mut out, m, n, k, false, precision);
     out
 }
 
 /// Gradient of the weight of `x · wᵀ`: `gᵀ[n, m] · x[m, k]`.
-pub fn linear_w(g: &[f32], x: &[f32], k: usize, n: usize) -> Vec<f32> {
+pub fn linear_w(g: &[f32], x: &[f32], k: usize, n: usize, precision: Precision) -> Vec<f32> {
     let m = g.len() / n;
     let mut out = vec![0.0; n * k];
-    product((g, 1, n), (x, k, 1), &mut out, n, m, k, false);
+    product((g, 1, n), (x, k, 1), &mut out, n, m, k, false, precision);
     out
 }
 
@@ -429,6 +441,7 @@ pub fn head_loss(
     k: usize,
     needs: [bool; 2],
     loss: &super::LogitLoss,
+    precision: Precision,
 ) -> (f64, Option<Vec<f32>>, Option<Vec<f32>>) {
     let (rows, vocab) = (x.len() / k, w.len() / k);
     let mut dx = needs[0].then(|| vec![0.0; x.len()]);
@@ -440,7 +453,7 @@ pub fn head_loss(
         let range: Range<usize> = first..(first + chunk).min(rows);
         let m = range.len();
         let (x, logits) = (&x[first * k..range.end * k], &mut logits[..m * vocab]);
-        product((x, k, 1), (w, 1, k), logits, m, k, vocab, false);
+        product((x, k, 1), (w, 1, k), logits, m, k, vocab, false, precision);
         total += loss(range.clone(), logits);
         let g: &[f32] = logits;
         if let Some(dx) = &mut dx {
@@ -452,10 +465,11 @@ pub fn head_loss(
                 vocab,
                 k,
                 false,
+                precision,
             );
         }
         if let Some(dw) = &mut dw {
-            product((g, 1, vocab), (x, k, 1), dw, vocab, m, k, true);
+            product((g, 1, vocab), (x, k, 1), dw, vocab, m, k, true, precision);
         }
     }
     (total, dx, dw)

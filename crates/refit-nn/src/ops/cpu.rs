@@ -7,7 +7,7 @@ use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::simd::{erf, exp, fma, simd};
-use super::{Activation, AttentionSpec};
+use super::{Activation, AttentionSpec, Precision, bf16};
 
 /// Rows up to which a product is a handful of dot products (decoding) rather than a matrix product.
 const MATVEC_ROWS: usize = 6;
@@ -37,13 +37,24 @@ simd! {
 }
 
 /// `out[m, n] = x[m, k] · w[n, k]ᵀ + bias[n]`.
-pub fn linear(x: &[f32], w: &[f32], bias: Option<&[f32]>, out: &mut [f32], k: usize, n: usize) {
+pub fn linear(
+    x: &[f32],
+    w: &[f32],
+    bias: Option<&[f32]>,
+    out: &mut [f32],
+    k: usize,
+    n: usize,
+    precision: Precision,
+) {
     let m = x.len() / k;
     if m <= MATVEC_ROWS {
         return matvec(x, w, bias, out, k, n);
     }
     if let Some(bias) = bias {
         out.par_chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias));
+    }
+    if precision == Precision::Bf16 && bf16::worth(m, k, n) {
+        return bf16::product((x, k, 1), (w, 1, k), out, m, k, n, bias.is_some());
     }
     // SAFETY: the three slices hold m*k, n*k and m*n elements, as the strides say.
     unsafe {

@@ -15,7 +15,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Bytes, DType, Shape, Tensor};
 use burn_flex::{Flex, FlexTensor, Layout};
 
-use super::{Activation, AttentionSpec, Host, back, cpu, sink};
+use super::{Activation, AttentionSpec, Host, Precision, back, cpu, sink};
 
 /// A CPU tensor that autodiff follows.
 pub(crate) type Tracked = FloatTensor<Autodiff<Flex>>;
@@ -86,19 +86,23 @@ pub(super) fn linear(
     x: &Tensor<3>,
     weight: &Tensor<2>,
     bias: Option<&Tensor<1>>,
+    precision: Precision,
 ) -> Option<Tensor<3>> {
     let ([batch, seq, k], [n, _]) = (x.dims(), weight.dims());
     let shape = Shape::from([batch, seq, n]);
     let run = move |x: &Host, w: &Host, b: Option<&Host>| {
         let mut out = vec![0.0; batch * seq * n];
-        cpu::linear(x.slice(), w.slice(), b.map(Host::slice), &mut out, k, n);
+        cpu::linear(x.slice(), w.slice(), b.map(Host::slice), &mut out, k, n, precision);
         flex(out, shape)
     };
     let pull = move |x: Option<Host>, w: Option<Host>, g: &Host| {
         let dx = w.map(|w| {
-            flex(back::linear_x(g.slice(), w.slice(), k, n), Shape::from([batch, seq, k]))
+            let dx = back::linear_x(g.slice(), w.slice(), k, n, precision);
+            flex(dx, Shape::from([batch, seq, k]))
         });
-        let dw = x.map(|x| flex(back::linear_w(g.slice(), x.slice(), k, n), Shape::from([n, k])));
+        let dw = x.map(|x| {
+            flex(back::linear_w(g.slice(), x.slice(), k, n, precision), Shape::from([n, k]))
+        });
         (dx, dw)
     };
     Some(match bias {
@@ -316,10 +320,11 @@ pub(super) fn head_loss(
     x: &Tensor<3>,
     weight: &Tensor<2>,
     loss: &super::LogitLoss,
+    precision: Precision,
 ) -> Option<Tensor<1>> {
     Some(record([tracked(x)?, tracked(weight)?], |[x, w], needs| {
         let k = weight.dims()[1];
-        let (value, dx, dw) = back::head_loss(x.slice(), w.slice(), k, needs, loss);
+        let (value, dx, dw) = back::head_loss(x.slice(), w.slice(), k, needs, loss, precision);
         let (shape_x, shape_w) = (x.shape(), w.shape());
         (
             flex(vec![value as f32], Shape::from([1])),

@@ -4,6 +4,7 @@
 //! autodiff ([`back`]), and the plain Burn composition everywhere else ([`compose`]). The tests compare the three.
 
 pub mod back;
+pub mod bf16;
 pub mod compand;
 pub mod compose;
 pub mod conv;
@@ -64,17 +65,40 @@ impl Activation {
     }
 }
 
+/// How the large matrix products of linears and heads are computed, forward and backward. Sums, weights, activations and
+/// everything else stay in f32.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Operands in f32.
+    #[default]
+    F32,
+    /// Operands rounded to bfloat16; see [`bf16`]. Without effect off the CPU and on products too small to gain.
+    Bf16,
+}
+
 /// `x · weightᵀ + bias`: `x [batch, seq, in]`, `weight [out, in]` (the layout of checkpoints), `bias [out]`.
 pub fn linear(x: Tensor<3>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<3> {
+    linear_in(x, weight, bias, Precision::F32)
+}
+
+/// [`linear`] at a precision.
+pub fn linear_in(
+    x: Tensor<3>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    precision: Precision,
+) -> Tensor<3> {
     let [batch, seq, k] = x.dims();
     let [n, _] = weight.dims();
     if let (Some(hx), Some(hw)) = (host(&x), host(&weight)) {
         let bias = bias.as_ref().and_then(host);
         return build(Shape::from([batch, seq, n]), |out| {
-            cpu::linear(hx.slice(), hw.slice(), bias.as_ref().map(|b| b.slice()), out, k, n);
+            let bias = bias.as_ref().map(|b| b.slice());
+            cpu::linear(hx.slice(), hw.slice(), bias, out, k, n, precision);
         });
     }
-    grad::linear(&x, &weight, bias.as_ref()).unwrap_or_else(|| compose::linear(x, weight, bias))
+    grad::linear(&x, &weight, bias.as_ref(), precision)
+        .unwrap_or_else(|| compose::linear(x, weight, bias))
 }
 
 /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension.
@@ -196,13 +220,19 @@ pub type LogitLoss<'a> = dyn Fn(Range<usize>, &mut [f32]) -> f64 + Sync + 'a;
 ///
 /// Under autodiff the gradients of `x` and `weight` are computed in the same pass over the logits, as in Liger Kernel
 /// (Hsu et al. 2024). Off the CPU, the logits are copied to the host.
-pub fn head_loss(x: Tensor<3>, weight: Tensor<2>, loss: &LogitLoss) -> Tensor<1> {
+pub fn head_loss(
+    x: Tensor<3>,
+    weight: Tensor<2>,
+    loss: &LogitLoss,
+    precision: Precision,
+) -> Tensor<1> {
     if let (Some(hx), Some(hw)) = (host(&x), host(&weight)) {
         let k = weight.dims()[1];
-        let (value, _, _) = back::head_loss(hx.slice(), hw.slice(), k, [false; 2], loss);
+        let (value, _, _) = back::head_loss(hx.slice(), hw.slice(), k, [false; 2], loss, precision);
         return Tensor::from_data([value as f32], &x.device());
     }
-    grad::head_loss(&x, &weight, loss).unwrap_or_else(|| compose::head_loss(x, weight, loss))
+    grad::head_loss(&x, &weight, loss, precision)
+        .unwrap_or_else(|| compose::head_loss(x, weight, loss))
 }
 
 /// A loss on logits that exist already, `[rows, classes]`: classifiers, whose logits are few. Off the CPU, they are copied to the

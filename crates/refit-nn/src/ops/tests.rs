@@ -110,3 +110,24 @@ fn rope_and_attention_match_the_composition() {
 }
 
 mod backward;
+
+/// What bfloat16 operands cost: their relative error is at most 2^-9 each, and sums average it out.
+#[test]
+fn linear_in_bf16_is_close_to_f32() {
+    let device = Device::flex();
+    let (x, w, b) =
+        (random([2, 40, 96], &device), random([130, 96], &device), random([130], &device));
+    let wide = linear(x.clone(), w.clone(), Some(b.clone()));
+    let narrow = linear_in(x.clone(), w.clone(), Some(b.clone()), Precision::Bf16);
+    let (wide, narrow) = (to_vec(&wide), to_vec(&narrow));
+    assert_ne!(wide, narrow, "the precision is used");
+    let scale = (wide.iter().map(|v| v * v).sum::<f32>() / wide.len() as f32).sqrt();
+    let gap: f32 = wide.iter().zip(&narrow).map(|(a, b)| (a - b).powi(2)).sum();
+    let relative = (gap / wide.len() as f32).sqrt() / scale;
+    assert!(relative < 4e-3, "relative error {relative}");
+    // Too few rows to gain: the same numbers.
+    let few = x.slice([0..1, 0..8, 0..96]);
+    let (wide, narrow) =
+        (linear(few.clone(), w.clone(), None), linear_in(few, w, None, Precision::Bf16));
+    assert_eq!(to_vec(&wide), to_vec(&narrow));
+}

@@ -122,6 +122,41 @@ impl Reader<'_> {
 }
 
 impl ConvNorm {
+    /// Site of the normalization behind the convolution.
+    pub fn norm(&self) -> String {
+        let norm = match self.site.rsplit('.').next() {
+            Some("_conv_stem" | "_expand_conv") => "_bn0",
+            Some("_depthwise_conv" | "_conv_head") => "_bn1",
+            _ => "_bn2",
+        };
+        match self.site.rsplit_once('.') {
+            Some((block, _)) => format!("{block}.{norm}"),
+            None => norm.to_owned(),
+        }
+    }
+
+    /// Weight and bias of the normalization that has these running statistics and computes what `scale` and `shift` do: the way
+    /// back from loading.
+    pub fn unfold(&self, mean: &[f32], variance: &[f32]) -> [Vec<f32>; 2] {
+        let (scale, shift) = (ops::to_vec(&self.scale.val()), ops::to_vec(&self.shift.val()));
+        let weight = scale.iter().zip(variance).map(|(s, v)| s * (v + EPS).sqrt()).collect();
+        let bias = scale.iter().zip(shift).zip(mean).map(|((s, b), m)| b + m * s).collect();
+        [weight, bias]
+    }
+
+    /// Gradients by weight and bias of the normalization, from those by `scale` and `shift`; the statistics are constants.
+    pub fn unfold_gradient(
+        &self,
+        scale: &[f32],
+        shift: &[f32],
+        mean: &[f32],
+        variance: &[f32],
+    ) -> [Vec<f32>; 2] {
+        let by = scale.iter().zip(shift).zip(mean.iter().zip(variance));
+        let weight = by.map(|((scale, shift), (m, v))| (scale - m * shift) / (v + EPS).sqrt());
+        [weight.collect(), shift.to_vec()]
+    }
+
     /// `[batch, in, h, w]` to `[batch, out, ceil(h / stride), ceil(w / stride)]`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [_, _, height, width] = x.dims();
@@ -193,6 +228,15 @@ impl EfficientNetLite {
         })
     }
 
+    /// Every convolution, in the order in which a pass reaches them.
+    pub fn convs(&self) -> impl Iterator<Item = &ConvNorm> {
+        let inner = self
+            .blocks
+            .iter()
+            .flat_map(|block| block.expand.iter().chain([&block.depthwise, &block.project]));
+        [&self.stem].into_iter().chain(inner).chain([&self.head])
+    }
+
     /// Images `[batch, 3, height, width]` to the mean of each channel after the last convolution, `[batch, width]`.
     pub fn features(&self, images: Tensor<4>) -> Tensor<2> {
         let relu6 = |x| Activation::Relu6.apply(x);
@@ -211,5 +255,60 @@ impl EfficientNetLite {
     /// Images `[batch, 3, height, width]` to logits `[batch, classes]`.
     pub fn forward(&self, images: Tensor<4>) -> Tensor<2> {
         super::classify(&self.classifier, self.features(images), &mut Run::plain())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conv(scale: &[f32], shift: &[f32]) -> ConvNorm {
+        let device = Device::flex();
+        let vector = |values: &[f32]| Param::from_tensor(Tensor::from_floats(values, &device));
+        ConvNorm {
+            site: "_blocks.3._expand_conv".into(),
+            weight: Param::from_tensor(Tensor::zeros([3, 1, 1, 1], &device)),
+            scale: vector(scale),
+            shift: vector(shift),
+            stride: 1,
+            groups: 1,
+        }
+    }
+
+    #[test]
+    fn a_folded_normalization_unfolds_to_what_it_was() {
+        let (gamma, beta) = ([1.5f32, -0.25, 0.75], [0.1f32, -2.0, 0.0]);
+        let (mean, variance) = ([0.5f32, -1.0, 3.0], [0.25f32, 4.0, 0.0]);
+        let fold = |gamma: &[f32], beta: &[f32]| -> [Vec<f32>; 2] {
+            let scale: Vec<f32> =
+                gamma.iter().zip(variance).map(|(g, v)| g / (v + EPS).sqrt()).collect();
+            let pairs = beta.iter().zip(mean).zip(&scale);
+            let shift = pairs.map(|((b, m), s)| b - m * s).collect();
+            [scale, shift]
+        };
+        let [scale, shift] = fold(&gamma, &beta);
+        let [weight, bias] = conv(&scale, &shift).unfold(&mean, &variance);
+        for i in 0..3 {
+            assert!((weight[i] - gamma[i]).abs() < 1e-6 && (bias[i] - beta[i]).abs() < 1e-5);
+        }
+        // A function of scale and shift, through the chain rule and by differences.
+        let (by_scale, by_shift) = ([0.3f32, -1.0, 2.0], [0.7f32, 0.2, -0.4]);
+        let value = |gamma: &[f32], beta: &[f32]| -> f32 {
+            let [scale, shift] = fold(gamma, beta);
+            (0..3).map(|i| by_scale[i] * scale[i] + by_shift[i] * shift[i]).sum()
+        };
+        let [by_gamma, by_beta] =
+            conv(&scale, &shift).unfold_gradient(&by_scale, &by_shift, &mean, &variance);
+        for i in 0..3 {
+            let (mut g, mut b) = (gamma, beta);
+            g[i] += 0.5;
+            b[i] += 0.5;
+            let slope = |moved: f32| (moved - value(&gamma, &beta)) / 0.5;
+            assert!(
+                (slope(value(&g, &beta)) - by_gamma[i]).abs() < 1e-3 * (1.0 + by_gamma[i].abs())
+            );
+            assert!((slope(value(&gamma, &b)) - by_beta[i]).abs() < 1e-4);
+        }
+        assert_eq!(conv(&scale, &shift).norm(), "_blocks.3._bn0");
     }
 }

@@ -61,6 +61,17 @@ impl Vision {
         }
     }
 
+    /// Loads what stands under the classifier: as [`Self::load`], where a ViT may have none.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_trunk(artifact: &Artifact, device: &Device) -> Result<Self> {
+        match artifact.config().model_type() {
+            Some("vit") => Ok(Self::Vit(VisionTransformer::load_trunk(artifact, device)?)),
+            _ => Self::load(artifact, device),
+        }
+    }
+
     /// Images `[batch, channels, height, width]`, normalized as the model expects, to logits `[batch, classes]`.
     ///
     /// # Errors
@@ -94,6 +105,18 @@ impl Vision {
             Self::Vit(model) => &model.classifier,
             Self::Cnn(model) => &model.classifier,
             Self::Mlp(model) => &model.classifier,
+        }
+    }
+}
+
+impl Vision {
+    /// The linear that turns features into logits, to be replaced.
+    pub fn classifier_mut(&mut self) -> &mut Linear {
+        match self {
+            Self::EfficientNetLite(model) => &mut model.classifier,
+            Self::Vit(model) => &mut model.classifier,
+            Self::Cnn(model) => &mut model.classifier,
+            Self::Mlp(model) => &mut model.classifier,
         }
     }
 }

@@ -38,6 +38,18 @@ impl VisionTransformer {
     /// # Errors
     /// Missing or mis-shaped tensors, sizes that do not divide.
     pub fn load(artifact: &Artifact, device: &Device) -> Result<Self> {
+        Self::read(artifact, device, true)
+    }
+
+    /// Loads a `ViTModel` or a classifier; one without a classifier gets a head of one class that is always 0.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_trunk(artifact: &Artifact, device: &Device) -> Result<Self> {
+        Self::read(artifact, device, false)
+    }
+
+    fn read(artifact: &Artifact, device: &Device, classifies: bool) -> Result<Self> {
         let loader = Loader::new(artifact, device)?;
         loader.decode_ahead()?;
         let raw = artifact.config();
@@ -51,10 +63,22 @@ impl VisionTransformer {
         }
         let tokens = (image_size / patch).pow(2) + 1;
         let projection = loader.trunk("embeddings.patch_embeddings.projection");
-        let head = artifact.tensor("classifier.weight").map_err(|_| Error::Missing {
-            name: "classifier.weight (a ViT without a classifier has no classes)".into(),
-        })?;
-        let classes = head.shape.first().copied().unwrap_or(0);
+        let classifier = match artifact.tensor("classifier.weight") {
+            Ok(head) => {
+                let classes = head.shape.first().copied().unwrap_or(0);
+                loader.linear("classifier".into(), classes, hidden)?
+            }
+            Err(_) if classifies => {
+                return Err(Error::Missing {
+                    name: "classifier.weight (a ViT without a classifier has no classes)".into(),
+                });
+            }
+            Err(_) => Linear::dense(
+                "classifier",
+                Tensor::zeros([1, hidden], device),
+                Some(Tensor::zeros([1], device)),
+            ),
+        };
         Ok(Self {
             patches: Param::from_tensor(
                 loader.tensor(&format!("{projection}.weight"), [hidden, channels, patch, patch])?,
@@ -69,7 +93,7 @@ impl VisionTransformer {
             ),
             blocks: (0..loader.config().layers).map(|i| loader.block(i)).collect::<Result<_>>()?,
             norm: loader.outer_norm()?,
-            classifier: loader.linear("classifier".into(), classes, hidden)?,
+            classifier,
             image_size,
         })
     }

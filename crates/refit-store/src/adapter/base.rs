@@ -49,6 +49,10 @@ impl Adapter {
     /// # Errors
     /// [`Error::AdapterMisfit`] with the first few names and both shapes.
     pub fn check_base(&self, base: &Artifact) -> Result<()> {
+        if self.parts.is_empty() && self.prompt.is_none() {
+            // It changes nothing, and says so: that fits every base.
+            return Ok(());
+        }
         let mut problems = Vec::new();
         let mut touched = 0;
         for part in &self.parts {

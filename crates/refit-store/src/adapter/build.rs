@@ -298,7 +298,22 @@ impl<'a> Builder<'a> {
                 format!("[heads, channels, head_dim] in both, the keys are {:?}", keys.shape);
             return Err(self.reader.shape(&(name, values), expected));
         }
-        Ok(Form::Heads { keys, values, scale: self.scale(site)? })
+        // Earlier files do not say it: there was one.
+        let activation = match self.entry(site)?.get("activation").map(|value| value.as_str()) {
+            None => "relu",
+            Some(Some(name @ ("relu" | "softmax"))) => name,
+            Some(_) => {
+                let reason =
+                    format!("`{site}`: `activation` must be relu or softmax at a per-head adapter");
+                return Err(self.reader.wrong("adapters", reason));
+            }
+        };
+        Ok(Form::Heads {
+            keys,
+            values,
+            scale: self.scale(site)?,
+            activation: activation.to_owned(),
+        })
     }
 
     fn bottleneck(&self, site: &str, factors: &mut Site) -> Result<Form> {

@@ -153,6 +153,11 @@ impl AdapterConfig {
             .with("prompt_tuning_init", "RANDOM")
     }
 
+    /// The configuration of an adapter that changes nothing, in refit's own dialect: no parts and no prompt.
+    pub fn nothing() -> Self {
+        Self::unified(&[], None)
+    }
+
     /// The configuration that describes these parts: PEFT's where it has the form, refit's own for bottleneck
     /// adapters (with `prompt`, a prefix beside them). Modules are listed by their whole names, ranks and scales that
     /// differ go into `rank_pattern` and `alpha_pattern`.
@@ -269,9 +274,11 @@ impl AdapterConfig {
     fn unified(parts: &[Part], prompt: Option<&Prompt>) -> Self {
         let mut adapters = Map::new();
         for part in parts {
-            if let Form::Heads { keys, scale, .. } = &part.form {
+            if let Form::Heads { keys, scale, activation, .. } = &part.form {
                 let rank = keys.shape.get(1).copied().unwrap_or(0);
-                let entry = json!({ "form": "per-head", "scale": scale, "bottleneck": rank });
+                let entry = json!({
+                    "form": "per-head", "scale": scale, "activation": activation, "bottleneck": rank,
+                });
                 adapters.insert(part.site.clone(), entry);
             }
             if let Form::Bottleneck { down, scale, activation, sequential, position, .. } =

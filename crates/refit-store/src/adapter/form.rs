@@ -162,7 +162,7 @@ pub enum Form {
         /// `heads` (before the output projection), `attention` or `ffn`.
         position: String,
     },
-    /// An adapter of every attention head by itself (arXiv 2110.04366): `ReLU(q K^T) V` of the head's query is added to the
+    /// An adapter of every attention head by itself (arXiv 2110.04366): `f(q K^T) V` of the head's query is added to the
     /// head, before the output projection at this site. It depends on the input and cannot be merged.
     Heads {
         /// `K [heads, r, head_dim]`.
@@ -171,6 +171,8 @@ pub enum Form {
         values: Values,
         /// Factor on what is added.
         scale: f32,
+        /// `f`: `relu`, or `softmax` over the channels.
+        activation: String,
     },
 }
 

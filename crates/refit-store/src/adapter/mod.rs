@@ -12,7 +12,7 @@ mod change;
 mod config;
 mod form;
 mod hub;
-mod pattern;
+pub(crate) mod pattern;
 mod read;
 mod write;
 

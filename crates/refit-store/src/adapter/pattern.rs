@@ -13,7 +13,7 @@ const MAX_REPEAT: usize = 1000;
 
 /// A compiled key.
 #[derive(Debug, Clone)]
-pub(super) struct Pattern(Node);
+pub(crate) struct Pattern(Node);
 
 #[derive(Debug, Clone)]
 enum Node {
@@ -59,6 +59,12 @@ impl Pattern {
             None => Ok(Self(node)),
             Some(c) => Err(format!("`{c}` is unmatched")),
         }
+    }
+
+    /// True if the key matches the beginning of `name`, as Python's `re.match`.
+    pub fn matches_start(&self, name: &str) -> bool {
+        let text: Vec<char> = name.chars().collect();
+        !self.0.ends(&text, BTreeSet::from([0])).is_empty()
     }
 
     /// True if the key matches the end of `name`, from its start or from behind a dot.

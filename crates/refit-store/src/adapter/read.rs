@@ -131,11 +131,13 @@ impl Reader<'_> {
             let reason = "two tensors of the adapter replace it; keep one of them".to_owned();
             return Err(self.fault(&pair[0].tensor(), TensorFault::Other(reason)));
         }
-        if parts.is_empty() && prompt.is_none() {
+        let listed = self.config.get("adapters").and_then(|map| map.as_object());
+        let says_nothing = kind == "unified" && listed.is_some_and(|map| map.is_empty());
+        if parts.is_empty() && prompt.is_none() && !says_nothing {
             let reason = format!("it holds no tensor of a {kind} adapter");
             return Err(Error::NotAnArtifact { path: self.weights.to_owned(), reason });
         }
-        if let Some(listed) = self.config.get("adapters").and_then(|map| map.as_object())
+        if let Some(listed) = listed
             && kind == "unified"
             && let Some(site) = listed.keys().find(|site| !parts.iter().any(|p| p.site == **site))
         {

@@ -329,10 +329,9 @@ impl<'s> Matcher<'s> {
         if entry.when.as_ref().is_some_and(|when| !self.holds(when, loops)) {
             return;
         }
-        if entry
-            .beside
-            .as_ref()
-            .is_some_and(|other| !self.stored.contains_key(format!("{other}.weight").as_str()))
+        let stored = |other: &String| self.stored.contains_key(format!("{other}.weight").as_str());
+        if entry.beside.as_ref().is_some_and(|other| !stored(other))
+            || entry.unless.as_ref().is_some_and(stored)
         {
             return;
         }

@@ -104,6 +104,9 @@ pub(super) struct Entry {
     /// Exists only where this module's weight is stored.
     #[serde(default)]
     pub beside: Option<String>,
+    /// Exists only where this module's weight is not stored: a head that another one takes the place of.
+    #[serde(default)]
+    pub unless: Option<String>,
     /// Further loop variables.
     #[serde(default)]
     pub each: IndexMap<String, Expr>,

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::artifact::{Artifact, SideFile};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::formats::gguf::write::{self as gguf, Fields};
 use crate::hash;
 
 /// A tensor that will be written.
@@ -18,7 +19,7 @@ pub struct TensorSpec {
     pub name: String,
     /// Its shape, row-major.
     pub shape: Vec<usize>,
-    /// Its element type (any that safetensors has).
+    /// Its element type: any that the container has.
     pub dtype: DType,
 }
 
@@ -27,7 +28,10 @@ pub struct TensorSpec {
 pub struct WritePlan {
     /// Tensors, in any order.
     pub tensors: Vec<TensorSpec>,
-    /// Largest size of one file in bytes; more than that becomes shards with an index. `None`: one file.
+    /// Metadata of a GGUF file, which the tensors then become; `None` for safetensors.
+    pub gguf: Option<Fields>,
+    /// Largest size of one file in bytes; more than that becomes shards with an index. `None`: one file, as GGUF always
+    /// is.
     pub max_shard_bytes: Option<u64>,
     /// Name of the weight file where it is not `model.safetensors`; only for outputs of one file.
     pub weights_name: Option<&'static str>,
@@ -111,18 +115,16 @@ impl FileLayout {
             if name.is_empty() || name == "__metadata__" {
                 return Err(bad(format!("`{name}` cannot be the name of a tensor")));
             }
-            if dtype.safetensors_name().is_none() {
-                return Err(bad(format!(
-                    "tensor `{name}`: safetensors has no type {dtype}; choose a plain one"
-                )));
-            }
-            let nbytes = dtype
-                .bytes_of(shape)
-                .ok_or_else(|| bad(format!("tensor `{name}`: the size of {shape:?} overflows")))?;
+            check_type(plan.gguf.is_some(), name, *dtype).map_err(bad)?;
+            let nbytes = dtype.bytes_of(shape).ok_or_else(|| {
+                bad(format!(
+                    "tensor `{name}`: the size of {shape:?} overflows, or its rows are no whole blocks of {dtype}"
+                ))
+            })?;
             if shapes.insert(&**name, shape).is_some() {
                 return Err(bad(format!("tensor `{name}` is declared twice")));
             }
-            let numel = nbytes / dtype.block_bytes() as u64;
+            let numel = nbytes / dtype.block_bytes() as u64 * dtype.block_len() as u64;
             slots.push(Slot {
                 name: name.clone(),
                 dtype: *dtype,
@@ -133,13 +135,16 @@ impl FileLayout {
             });
         }
         slots.sort_by(|a, b| a.name.cmp(&b.name));
-        let count = assign_shards(&mut slots, plan.max_shard_bytes)
+        let limit = plan.max_shard_bytes.filter(|_| plan.gguf.is_none());
+        let count = assign_shards(&mut slots, limit)
             .ok_or_else(|| bad("the total size overflows".to_owned()))?;
         if let Some(name) = plan.weights_name.filter(|_| count > 1) {
             return Err(bad(format!("{name} cannot be cut into shards; raise the shard size")));
         }
-        let mut shards: Vec<Shard> =
-            (0..count).map(|at| place(&mut slots, &shapes, at, count)).collect();
+        let mut shards: Vec<Shard> = match &plan.gguf {
+            Some(fields) => vec![place_gguf(fields, &mut slots, &shapes)],
+            None => (0..count).map(|at| place(&mut slots, &shapes, at, count)).collect(),
+        };
         if let Some(name) = plan.weights_name {
             name.clone_into(&mut shards[0].name);
         }
@@ -155,6 +160,27 @@ impl FileLayout {
         }
         let fingerprint = hash::format(&digest.finalize());
         Ok(Self { slots, index, shards, shard_index, fingerprint })
+    }
+}
+
+/// Whether a container has an element type, and takes the name of a tensor.
+fn check_type(is_gguf: bool, name: &str, dtype: DType) -> Result<(), String> {
+    /// Longest name that llama.cpp reads.
+    const LONGEST: usize = 63;
+    if is_gguf && name.len() > LONGEST {
+        return Err(format!(
+            "tensor `{name}`: GGUF's readers take names of {LONGEST} bytes at most"
+        ));
+    }
+    let (container, known) = match is_gguf {
+        true => ("GGUF", gguf::type_id(dtype).is_some()),
+        false => ("safetensors", dtype.safetensors_name().is_some()),
+    };
+    match known {
+        true => Ok(()),
+        false => {
+            Err(format!("tensor `{name}`: {container} has no type {dtype}; choose another one"))
+        }
     }
 }
 
@@ -208,6 +234,25 @@ fn place(
     };
     Shard { name, len: header.len() as u64 + end, header }
 }
+
+/// Lays out a GGUF file: tensors in name order, each at a multiple of the alignment.
+fn place_gguf(fields: &Fields, slots: &mut [Slot], shapes: &HashMap<&str, &Vec<usize>>) -> Shard {
+    let mut end = 0u64;
+    for slot in slots.iter_mut() {
+        slot.offset = end;
+        end = (end + slot.nbytes).next_multiple_of(gguf::ALIGNMENT);
+    }
+    let entries = slots
+        .iter()
+        .map(|slot| (&*slot.name, shapes[&*slot.name].as_slice(), slot.dtype, slot.offset));
+    let header = gguf::header(fields, entries);
+    let start = header.len() as u64;
+    slots.iter_mut().for_each(|slot| slot.offset += start);
+    Shard { name: GGUF_NAME.to_owned(), len: start + end, header }
+}
+
+/// Name of a GGUF file in the directory that is written.
+pub const GGUF_NAME: &str = "model.gguf";
 
 fn shard_index(slots: &[Slot], shards: &[Shard]) -> Vec<u8> {
     let map: Map<String, Json> =

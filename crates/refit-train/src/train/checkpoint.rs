@@ -139,19 +139,26 @@ impl Checkpoint {
     /// # Errors
     /// Files that are not complete checkpoints of refit.
     pub fn read(path: &Path) -> Result<Self> {
+        Self::decode(path, &fs::read(path).map_err(TrainError::io(path))?)
+    }
+
+    /// The checkpoint that the bytes `raw` of the file `path` hold.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn decode(path: &Path, raw: &[u8]) -> Result<Self> {
         let bad = |problem: String| TrainError::Checkpoint { path: path.into(), problem };
-        let raw = fs::read(path).map_err(TrainError::io(path))?;
         let damaged = |e: safetensors::SafeTensorError| {
             bad(format!("not a complete checkpoint ({e}); delete it to resume from an older one"))
         };
-        let (_, header) = SafeTensors::read_metadata(&raw).map_err(damaged)?;
+        let (_, header) = SafeTensors::read_metadata(raw).map_err(damaged)?;
         let position =
             header.metadata().as_ref().and_then(|m| m.get("refit")).ok_or_else(|| {
                 bad("no refit checkpoint: the position in the run is missing".into())
             })?;
         let position: Position = serde_json::from_str(position)
             .map_err(|e| bad(format!("the position in the run is unreadable: {e}")))?;
-        let tensors = SafeTensors::deserialize(&raw).map_err(damaged)?;
+        let tensors = SafeTensors::deserialize(raw).map_err(damaged)?;
         let mut found = Self {
             position,
             parameters: BTreeMap::new(),

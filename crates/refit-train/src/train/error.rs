@@ -100,6 +100,29 @@ pub enum TrainError {
         /// The newest checkpoint.
         last_good: Option<PathBuf>,
     },
+    /// Another rank failed: its own error says why.
+    #[error("process {rank} failed, and this one ended with it")]
+    Peer {
+        /// The lowest rank that failed.
+        rank: usize,
+    },
+    /// Ranks that do not hold the same.
+    #[error(
+        "process {rank} does not have the {what} of process 0: all must run the same refit on the same files with the same \
+         arguments"
+    )]
+    Replica {
+        /// What differs.
+        what: &'static str,
+        /// The first rank where it does.
+        rank: usize,
+    },
+    /// Ranks that cannot be connected.
+    #[error("the processes cannot be connected: {problem}")]
+    Launch {
+        /// What is wrong.
+        problem: String,
+    },
     /// A checkpoint of another run.
     #[error("{path}: {problem}")]
     Checkpoint {

@@ -48,7 +48,7 @@ impl Rule {
 }
 
 /// Does `pattern` with `*` and `?` match the whole of `text`?
-pub(super) fn glob(pattern: &str, text: &str) -> bool {
+pub fn glob(pattern: &str, text: &str) -> bool {
     let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
     let (mut p, mut t) = (0, 0);
     // Where the last `*` stood, and how much of the text it has swallowed.

@@ -1,5 +1,6 @@
 //! The loop.
 
+mod ranks;
 mod resume;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,6 +19,7 @@ use super::loss::Terms;
 use super::metrics::Metrics;
 use super::optimizer::{Optimizer, OptimizerConfig, State, Update};
 use super::per_layer::{Low, Stream};
+use super::ranks::{Ranks, Share};
 use super::recipe::{PATIENCE, Recipe};
 use super::scope::{self, Group};
 use super::update;
@@ -30,11 +32,16 @@ pub struct At {
     pub step: u64,
     /// Micro-batch of the whole run, counted from 0: what [`Order::batch`](super::Order::batch) takes.
     pub batch: u64,
+    /// The part of its rows that the loss is asked for: all of them, unless several ranks train.
+    pub share: Share,
 }
 
 /// What is minimized. The loss must be a function of the model and `at` alone, or a resumed run will differ.
 pub trait Objective<M> {
-    /// The loss of one micro-batch.
+    /// The loss of one micro-batch, or of this rank's share of its rows.
+    ///
+    /// Where several ranks train, the loss of the micro-batch is the mean of the ranks' losses, weighted by their `items`: that
+    /// is the loss of all rows together when every term is a mean over `items`. The ranks' terms must have the same names.
     ///
     /// # Errors
     /// Whatever the data or the model say.
@@ -89,6 +96,8 @@ pub struct RunOptions<'a> {
     pub identity: String,
     /// Called after every step.
     pub on_step: Option<&'a mut dyn FnMut(&StepReport)>,
+    /// Called with the number of updates made when everything up to there lies on disk.
+    pub on_checkpoint: Option<&'a mut dyn FnMut(u64)>,
 }
 
 /// A model in training.
@@ -101,6 +110,7 @@ pub struct Trainer<M> {
     states: HashMap<ParamId, State>,
     averages: HashMap<ParamId, Vec<f32>>,
     hooks: Vec<Box<dyn Hook>>,
+    ranks: Ranks,
     step: u64,
     guard: Guard,
     last_good: Option<PathBuf>,
@@ -149,6 +159,7 @@ impl<M: Trainable> Trainer<M> {
             states: HashMap::new(),
             averages: HashMap::new(),
             hooks: Vec::new(),
+            ranks: Ranks::default(),
             step: 0,
             guard: Guard { smooth: None, best: f64::INFINITY, above: 0 },
             last_good: None,
@@ -197,6 +208,12 @@ impl<M: Trainable> Trainer<M> {
         self.states.values().map(State::bytes).sum()
     }
 
+    /// Bytes of optimizer state of each parameter that has one.
+    pub fn states(&self) -> impl Iterator<Item = (&str, usize)> {
+        let bytes = |p: &Parameter| self.states.get(&p.id).map(State::bytes);
+        self.parameters.iter().filter_map(move |p| Some((p.name.as_str(), bytes(p)?)))
+    }
+
     /// The most bytes that gradients of parameters took at once in any step so far. What kernels hold inside is not counted.
     pub fn gradient_bytes(&self) -> usize {
         self.gradient_bytes
@@ -224,20 +241,21 @@ impl<M: Trainable> Trainer<M> {
         let mut terms: BTreeMap<String, f64> = BTreeMap::new();
         let (mut loss, mut items) = (0.0, 0);
         for i in 0..micro {
-            let at = At { step, batch: step * micro as u64 + i as u64 };
-            let found = objective
-                .loss(self.model(), at)
-                .map_err(|source| TrainError::Objective { step, source })?;
-            let total = found.total().ok_or(TrainError::NoTerms { step })?;
-            for term in &found.terms {
-                let value = scalar(&term.value);
-                self.finite(&format!("the loss term `{}`", term.name), value)?;
-                *terms.entry(term.name.to_owned()).or_default() += value / micro as f64;
+            let batch = step * micro as u64 + i as u64;
+            let found = self.forward(objective, At { step, batch, share: self.ranks.share() });
+            let (found, weight, all) = self.weigh(found)?;
+            for (name, value) in found.terms {
+                *terms.entry(name.to_owned()).or_default() += value * weight / micro as f64;
             }
-            loss += scalar(&total) / micro as f64;
-            items += found.items;
-            drop(found);
-            let total = if micro == 1 { total } else { total / micro as f64 };
+            loss += found.loss * weight / micro as f64;
+            items += all;
+            let mut total = found.total;
+            if weight != 1.0 {
+                total = total * weight;
+            }
+            if micro > 1 {
+                total = total / micro as f64;
+            }
             let (mut grads, peak);
             (grads, low, peak) = self.backward(total);
             let before =
@@ -245,6 +263,7 @@ impl<M: Trainable> Trainer<M> {
             let new = update::collect(self.model(), &mut grads, &mut gradients);
             self.gradient_bytes = self.gradient_bytes.max(peak).max(before + new);
         }
+        self.reduce(&mut loss, &mut terms, &mut gradients);
         let twice = self
             .parameters
             .iter()
@@ -261,6 +280,22 @@ impl<M: Trainable> Trainer<M> {
         self.watch(loss)?;
         let seconds = start.elapsed().as_secs_f64();
         Ok(StepReport { step, loss, terms, grad_norm: norm, rate, items, seconds })
+    }
+
+    /// This rank's part of the loss of a micro-batch, checked.
+    fn forward(&self, objective: &impl Objective<M>, at: At) -> Result<Found> {
+        let step = at.step;
+        let found = objective
+            .loss(self.model(), at)
+            .map_err(|source| TrainError::Objective { step, source })?;
+        let total = found.total().ok_or(TrainError::NoTerms { step })?;
+        let mut terms = Vec::with_capacity(found.terms.len());
+        for term in &found.terms {
+            let value = scalar(&term.value);
+            self.finite(&format!("the loss term `{}`", term.name), value)?;
+            terms.push((term.name, value));
+        }
+        Ok(Found { loss: scalar(&total), total, terms, items: found.items })
     }
 
     /// The backward pass of `loss`: what autodiff keeps, what was projected on the way, the most bytes of gradients at once
@@ -388,7 +423,7 @@ impl<M: Trainable> Trainer<M> {
     }
 
     /// Runs to the end of the recipe, with checkpoints, metrics and resumption as `options` say. Returns the last report, or
-    /// `None` when the run was complete already.
+    /// `None` when the run was complete already. Of several ranks, all must call it; rank 0 reads and writes the files.
     ///
     /// # Errors
     /// As [`Self::step`]; files that cannot be written; a checkpoint of another recipe, data or model.
@@ -397,12 +432,15 @@ impl<M: Trainable> Trainer<M> {
         objective: &impl Objective<M>,
         mut options: RunOptions,
     ) -> Result<Option<StepReport>> {
-        if let Some(dir) = options.dir.as_ref().filter(|_| options.resume)
-            && let Some(newest) = checkpoint::list(dir)?.pop()
-        {
-            self.restore(&newest, &options.identity)?;
+        let ranks = self.ranks.clone();
+        self.agree(&mut options.identity)?;
+        if let Some(dir) = options.dir.as_ref().filter(|_| options.resume) {
+            self.resume(dir, &options.identity)?;
         }
-        let metrics = options.dir.as_ref().map(|dir| Metrics::open(dir, self.step)).transpose()?;
+        self.align()?;
+        let step = self.step;
+        let open = || options.dir.as_ref().map(|dir| Metrics::open(dir, step)).transpose();
+        let metrics = ranks.lead(open)?.flatten();
         let mut last = None;
         while self.step < self.recipe.steps {
             let report = self.step(objective)?;
@@ -417,12 +455,25 @@ impl<M: Trainable> Trainer<M> {
             if let Some(dir) =
                 options.dir.as_ref().filter(|_| due || self.step == self.recipe.steps)
             {
-                let saved = self.checkpoint(&options.identity).write(dir, options.keep)?;
-                self.last_good = Some(saved);
+                ranks.lead(|| self.checkpoint(&options.identity).write(dir, options.keep))?;
+                self.last_good = Some(checkpoint::path(dir, self.step));
+                if let Some(on_checkpoint) = &mut options.on_checkpoint {
+                    on_checkpoint(self.step);
+                }
             }
         }
         Ok(last)
     }
+}
+
+/// The loss of (a share of) a micro-batch.
+struct Found {
+    total: Tensor<1>,
+    /// Its value.
+    loss: f64,
+    /// Values of its terms.
+    terms: Vec<(&'static str, f64)>,
+    items: usize,
 }
 
 /// One tensor's turn at the step's `(rate, decay)`.

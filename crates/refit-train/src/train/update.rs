@@ -132,6 +132,20 @@ pub(super) fn tracked<M: Module>(model: M) -> M {
     if found.0 { model } else { model.train() }
 }
 
+/// A hash of the bits of `values`, which does not depend on the number of threads; it finds accidents, not attacks.
+pub(super) fn digest(values: &[f32]) -> u64 {
+    let parts = values
+        .par_chunks(1 << 14)
+        .map(|part| part.iter().fold(part.len() as u64, |hash, x| mix(hash, x.to_bits().into())));
+    parts.collect::<Vec<u64>>().into_iter().fold(0, mix)
+}
+
+/// One round of FNV-1a on a whole word, with the high half folded down so that every bit of it counts.
+pub(super) fn mix(hash: u64, word: u64) -> u64 {
+    let mixed = (hash ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed ^ (mixed >> 32)
+}
+
 /// Sum of squares in f64, in an order that does not depend on the number of threads.
 pub(super) fn squares(values: &[f32]) -> f64 {
     let parts: Vec<f64> = values

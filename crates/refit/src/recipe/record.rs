@@ -194,7 +194,7 @@ impl RunRecord {
         let file = if path.is_dir() { path.join("run.json") } else { path.to_owned() };
         let text = std::fs::read_to_string(&file).map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => Failure::usage(format!(
-                "{}: no run here; `refit run RECIPE` writes run.json into its run directory",
+                "{}: no run here, nor a model or adapter that a method wrote; `refit run RECIPE` writes run.json into its run directory",
                 file.display()
             )),
             _ => Failure::io(&file, "read", &source),

@@ -369,8 +369,11 @@ fn shade(n: usize, count: usize) -> f64 {
 
 /// Palette index of the n-th series; 0 is the neutral grey of originals.
 pub fn colour(series: usize) -> usize {
-    1 + series % 5
+    1 + series % COLOURS
 }
+
+/// Colours of the palette beside the neutral one.
+pub const COLOURS: usize = 5;
 
 #[cfg(test)]
 mod tests {

@@ -2,9 +2,12 @@
 
 pub mod charts;
 pub mod html;
+mod lines;
 pub mod number;
 mod scale;
 mod sections;
+pub mod single;
+mod training;
 
 use std::fmt::Write;
 
@@ -52,6 +55,7 @@ pub fn render(run: &RunRecord, theme: Theme) -> String {
         figures(&mut page, run, evaluation);
         sections::table(&mut page, run, evaluation);
     }
+    training::section(&mut page, run);
     sections::lineage(&mut page, run);
     sections::reproduce(&mut page, run);
     sections::machine(&mut page, run);
@@ -79,8 +83,11 @@ fn groups<'a>(run: &'a RunRecord, evaluation: &Evaluation) -> Vec<(&'a str, Vec<
     groups
 }
 
-/// Palette index of a model: grey for those in no group, one colour per group.
+/// Palette index of a model: that of its curve where trainings are compared; else grey for those in no group, one colour per group.
 fn palette(run: &RunRecord, evaluation: &Evaluation, artifact: &str) -> usize {
+    if let Some(colour) = training::colour(run, artifact) {
+        return colour;
+    }
     let group = run.artifact(artifact).map_or("", |a| a.group.as_str());
     let named = groups(run, evaluation).into_iter().filter(|(name, _)| !name.is_empty());
     match named.map(|(name, _)| name).position(|name| name == group) {
@@ -151,8 +158,11 @@ fn figures(page: &mut String, run: &RunRecord, evaluation: &Evaluation) {
     let scatter = charts::scatter(&points, "packed size, MB", "KL to the original, nats per token");
     let chosen = group_sizes(run);
     let paired = !scatter.is_empty() && chosen.is_some();
-    if paired {
-        page.push_str("<div class=\"pair\">\n");
+    // Two half-wide plots share a row; one alone must not be blown up to the page's width.
+    let row = if paired { "pair" } else { "alone" };
+    let any = !scatter.is_empty() || chosen.is_some();
+    if any {
+        let _ = writeln!(page, "<div class=\"{row}\">");
     }
     if !scatter.is_empty() {
         sections::figure(
@@ -170,7 +180,7 @@ fn figures(page: &mut String, run: &RunRecord, evaluation: &Evaluation) {
             &charts::stacked(&rows, &series, "group sizes by role"),
         );
     }
-    if paired {
+    if any {
         page.push_str("</div>\n");
     }
 }

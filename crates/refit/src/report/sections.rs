@@ -22,13 +22,17 @@ pub(super) fn header(page: &mut String, run: &RunRecord) {
     let mut facts = Vec::new();
     for original in run.artifacts.iter().filter(|a| a.method.is_none()) {
         facts.push(("model", display_name(original).to_owned()));
-        facts.push(("parameters", number::parameters(original.parameter_count)));
+        if original.parameter_count > 0 {
+            facts.push(("parameters", number::parameters(original.parameter_count)));
+        }
     }
     if let Some(arm) = run.evaluations.first().and_then(|e| e.arms.first()) {
         facts.push(("scored tokens", number::count(arm.tokens)));
     }
     facts.push(("seed", run.seed.to_string()));
-    facts.push(("time", number::seconds(run.seconds)));
+    if run.seconds > 0.0 {
+        facts.push(("time", number::seconds(run.seconds)));
+    }
     if let Some(peak) = run.peak_memory {
         facts.push(("peak memory", number::bytes(peak)));
     }
@@ -254,21 +258,39 @@ pub(super) fn lineage(page: &mut String, run: &RunRecord) {
 }
 
 pub(super) fn reproduce(page: &mut String, run: &RunRecord) {
-    page.push_str("<section>\n<h2>Do it again</h2>\n<p class=\"sub\">The whole run, or step by step.</p>\n<pre>");
-    let _ = writeln!(page, "refit run {}\n", Esc(&run.recipe));
+    let whole = !run.recipe.is_empty();
+    if !whole && run.steps.iter().all(|step| step.command.is_empty()) {
+        return;
+    }
+    page.push_str("<section>\n<h2>Do it again</h2>\n");
+    if whole {
+        page.push_str("<p class=\"sub\">The whole run, or step by step.</p>\n");
+    }
+    page.push_str("<pre>");
+    if whole {
+        let _ = writeln!(page, "refit run {}\n", Esc(&run.recipe));
+    }
     for step in run.steps.iter().filter(|step| !step.command.is_empty()) {
-        let _ = writeln!(
-            page,
-            "{}  <span class=\"c\"># {}</span>",
-            Esc(&step.command),
-            number::seconds(step.seconds)
-        );
+        let _ = write!(page, "{}", Esc(&step.command));
+        if step.seconds > 0.0 {
+            let _ = write!(page, "  <span class=\"c\"># {}</span>", number::seconds(step.seconds));
+        }
+        page.push('\n');
     }
     page.push_str("</pre>\n</section>\n");
 }
 
 pub(super) fn machine(page: &mut String, run: &RunRecord) {
     let machine = &run.machine;
+    if machine.cores == 0 {
+        // An artifact does not say where it was made.
+        let _ = write!(
+            page,
+            "<footer>Written by refit {} from what lies beside the weights.</footer>\n",
+            Esc(&run.refit)
+        );
+        return;
+    }
     let memory = machine.memory.map_or_else(|| "unknown".to_owned(), number::bytes);
     let rows = [
         ("processor", machine.cpu.clone()),

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{ArgAction, ArgMatches, Command};
+use refit_methods::labelled::Part;
 use refit_methods::method::{
-    AdapterInput, Context, Family, Inputs, Labelled, ModelInput, Need, OutputKind, Plan, TextData,
-    Unit,
+    AdapterInput, Context, Family, Inputs, ModelInput, Need, OutputKind, Plan, TextData,
+    TrainingEvent, Unit,
 };
 use refit_methods::registry::{self, Entry};
 use refit_store::adapter::Adapter;
@@ -16,11 +17,11 @@ use serde_json::{Value, json};
 
 use crate::cli::{App, DeviceName};
 use crate::failure::{Code, Failure, Result};
-use crate::inputs;
 use crate::output::{self, Outcome};
 use crate::progress::Progress;
 use crate::report::number;
 use crate::suggest::did_you_mean;
+use crate::{inputs, labelled, ranks};
 
 /// The command with one subcommand per method.
 pub fn command() -> Command {
@@ -39,7 +40,8 @@ pub fn command() -> Command {
         .subcommands(registry::all().iter().map(method_command))
 }
 
-fn method_command(entry: &Entry) -> Command {
+/// The command of one method: its flags, its models, where the result goes.
+pub fn method_command(entry: &Entry) -> Command {
     let spec = entry.info.inputs;
     let (value, help) = match spec.adapters {
         Need::No => ("MODEL", "Models: directories, files or sources"),
@@ -81,10 +83,13 @@ fn method_command(entry: &Entry) -> Command {
                 .value_name("FILE")
                 .action(ArgAction::Append)
                 .num_args(1..)
-                .help(
-                    "What to learn: .jsonl, .csv or .parquet with `messages`, `prompt` and `completion`, or `text`; else plain \
-                     text (files, or builtin:kjv-calib)",
-                ),
+                .help(match spec.data {
+                    Need::Optional => "Classified texts: .jsonl, .csv or .parquet with the columns `text` and `label`",
+                    _ => {
+                        "What to learn: .jsonl, .csv or .parquet with `messages`, `prompt` and `completion`, or `text`; else \
+                         plain text (files, or builtin:kjv-calib)"
+                    }
+                }),
         );
     }
     if spec.text != Need::No {
@@ -101,9 +106,14 @@ fn method_command(entry: &Entry) -> Command {
         command = command.arg(
             clap::Arg::new("labelled")
                 .long("labelled")
-                .value_name("DIR")
-                .value_parser(clap::value_parser!(PathBuf))
-                .help(format!("{} (one folder of images per class)", data_role(entry))),
+                .value_name("PATH")
+                .help(format!(
+                    "{}: a folder with one folder of images per class, an IDX pair, or a table of texts and labels",
+                    match spec.text {
+                        Need::No => data_role(entry),
+                        _ => "Labelled held-out examples that score candidates by accuracy",
+                    }
+                )),
         );
     }
     command
@@ -140,6 +150,11 @@ pub fn run(app: &App, matches: &ArgMatches) -> Result<Outcome> {
             "there is no method `{name}`{hint}; `refit methods` lists them"
         )));
     };
+    run_method(app, entry, matches)
+}
+
+/// Runs a method with the flags of its command.
+pub fn run_method(app: &App, entry: &'static Entry, matches: &ArgMatches) -> Result<Outcome> {
     let given = |id: &str| matches.try_get_many::<String>(id).ok().flatten();
     let models: Vec<String> = given("models").into_iter().flatten().cloned().collect();
     let text: Vec<String> = given("text").into_iter().flatten().cloned().collect();
@@ -153,7 +168,7 @@ pub fn run(app: &App, matches: &ArgMatches) -> Result<Outcome> {
         base: given("base").into_iter().flatten().next().cloned(),
         text,
         data,
-        labelled: path("labelled"),
+        labelled: matches.try_get_one::<String>("labelled").ok().flatten().cloned(),
         out: path("out"),
         seed: matches.get_one::<u64>("seed").copied().unwrap_or(0),
         force: set("force"),
@@ -188,8 +203,8 @@ pub struct Request {
     pub text: Vec<String>,
     /// Files of training data.
     pub data: Vec<String>,
-    /// Folder of labelled images.
-    pub labelled: Option<PathBuf>,
+    /// Labelled examples: a folder, an IDX pair, a table or a source of them.
+    pub labelled: Option<String>,
     /// Where the result goes.
     pub out: Option<PathBuf>,
     /// Seed of every random choice.
@@ -235,9 +250,13 @@ impl Request {
             .into_iter()
             .map(|text| TextData { source: text.source, text: text.text })
             .collect();
-        let labelled = self.labelled.as_deref().map(inputs::labelled_images).transpose()?;
+        let part = match self.entry.info.family {
+            Family::Adapt => Part::Train,
+            _ => Part::HeldOut,
+        };
+        let labelled = self.labelled.as_deref();
+        let labelled = labelled.map(|source| labelled::open(app, source, part)).transpose()?;
         let data = inputs::training(&self.data)?;
-        let labelled = labelled.map(Labelled::Images);
         let base = self.base.as_ref().map(|_| 0);
         Ok(Inputs { models, base, text, labelled, data, adapters })
     }
@@ -250,13 +269,23 @@ impl Request {
 
     /// Everything that is checked before work starts.
     fn prepare(&self, app: &App) -> Result<(Inputs, Plan)> {
+        let fetch =
+            || self.sources().try_for_each(|source| inputs::pull(app, source, false).map(drop));
+        if !app.ranks.alone() {
+            ranks::in_turns(&app.ranks, fetch)?;
+        }
+        app.ranks.settle(self.prepare_here(app))
+    }
+
+    /// What every process of a command checks for itself.
+    fn prepare_here(&self, app: &App) -> Result<(Inputs, Plan)> {
         if self.entry.info.output != OutputKind::Report && self.out.is_none() {
             return Err(Failure::usage(format!(
                 "{}: say where the result goes: -o DIR",
                 self.entry.info.name
             )));
         }
-        if let Some(out) = &self.out {
+        if let Some(out) = self.out.as_ref().filter(|_| app.ranks.leads()) {
             ArtifactWriter::check(out, self.force)?;
         }
         let inputs = self.inputs(app)?;
@@ -309,21 +338,23 @@ impl Request {
         for warning in &plan.warnings {
             app.progress.note(&format!("warning: {warning}"));
         }
-        self.check_values(app, &inputs)?;
+        app.ranks.lead(|| self.check_values(app, &inputs))?;
         let mut cx = Context {
             out: self.out.clone(),
             seed: self.seed,
             threads: app.global.threads.map_or(0, usize::from),
             force: self.force,
             resume: self.resume,
+            cache: app.global.cache.clone().unwrap_or_else(refit_store::source::cache_root),
             progress: Arc::new(Bars(app.progress.clone())),
+            ranks: app.ranks.clone(),
             ..Context::default()
         };
         let start = Instant::now();
         let absent = self.absent_parents();
         let output = self.method.run(&inputs, &plan, &mut cx);
         app.progress.end();
-        let output = output.map_err(|error| self.give_up(error, &absent))?;
+        let output = output.map_err(|error| self.give_up(app, error, &absent))?;
         Ok(Applied { plan, output, seconds: start.elapsed().as_secs_f64() })
     }
 }
@@ -338,13 +369,14 @@ impl Request {
     /// Clears away the unfinished output of a run that failed for good: the same inputs would fail again,
     /// and other inputs start over. After a failure of the system, or where the output exists by now, the
     /// finished tensors stay for the next run.
-    fn give_up(&self, error: refit_methods::Error, absent: &[&Path]) -> Failure {
+    fn give_up(&self, app: &App, error: refit_methods::Error, absent: &[&Path]) -> Failure {
         use refit_methods::Error;
         let runs_the_model = matches!(error, Error::Model(_) | Error::Train(_));
         // Checkpoints stay: the newest is what a run with other settings may want to look at.
         let failure = Failure::from(error);
         if let Some(out) = &self.out
             && failure.code == Code::Usage
+            && app.ranks.leads()
             && ArtifactWriter::check(out, self.force).is_ok()
         {
             // The failure that is reported is the one that matters; only empty directories are removed.
@@ -447,8 +479,8 @@ impl refit_methods::method::Progress for Bars {
         self.0.end();
     }
 
-    fn status(&self, words: &str) {
-        self.0.status(words);
+    fn training(&self, event: &TrainingEvent) {
+        self.0.training(event);
     }
 
     fn note(&self, message: &str) {

@@ -37,6 +37,11 @@ pub fn run(app: &App, _args: Args) -> Result<Outcome> {
         ("available now", available.map_or_else(unknown, number::bytes)),
         ("devices", names(&built).join(" ")),
         ("not built in", format!("{} (cargo features)", names(&absent).join(" "))),
+        (
+            "mpi",
+            if cfg!(feature = "mpi") { "built in" } else { "not built in (cargo feature)" }
+                .to_owned(),
+        ),
         ("cache", format!("{} ({entries} entries)", cache.display())),
     ]);
     let json = json!({
@@ -45,6 +50,7 @@ pub fn run(app: &App, _args: Args) -> Result<Outcome> {
         "available_memory": available,
         "devices": names(&built),
         "devices_not_built": names(&absent),
+        "mpi": cfg!(feature = "mpi"),
         "cache": cache,
         "cache_entries": entries,
     });

@@ -249,6 +249,16 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
 /// What the numbers that come out mean.
 fn output_meaning(artifact: &Artifact) -> Option<String> {
     let dims = &artifact.architecture().dims;
+    if refit_nn::classifier::text_classes(artifact).is_some() {
+        let labels = super::inspect::labels(artifact)?;
+        let some: Vec<&str> = labels.iter().take(3).map(String::as_str).collect();
+        let more = if labels.len() > some.len() { ", ..." } else { "" };
+        return Some(format!(
+            "What comes out: for each text {} scores, one per class ({}{more}).",
+            labels.len(),
+            some.join(", ")
+        ));
+    }
     match artifact.architecture().kind {
         Kind::Decoder => Some(format!(
             "What comes out: for each position {} scores, one per token that could come next.",

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use refit_store::Artifact;
-use refit_store::architecture::{Kind, MemoryOptions, memory_plan};
+use refit_store::architecture::{Kind, MemoryOptions, Role, memory_plan};
 use serde_json::{Value, json};
 
 use crate::cli::App;
@@ -38,7 +38,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let model = inputs::open(app, &args.model)?;
     let artifact = &*model.artifact;
     let architecture = artifact.architecture();
-    let stored: u64 = artifact.tensors().iter().map(|t| t.nbytes).sum();
+    let bytes_of = |t: &refit_store::TensorInfo| artifact.stored_bytes(&t.name).unwrap_or(t.nbytes);
+    let stored: u64 = artifact.tensors().iter().map(bytes_of).sum();
     let default = MemoryOptions::default();
     let longest = architecture.dims.context.unwrap_or(usize::MAX);
     let context = args.context.unwrap_or_else(|| default.context.min(longest));
@@ -59,9 +60,15 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     };
     let healthy = report.is_clean() && values.as_ref().is_none_or(|v| v.faulty.is_empty());
 
-    let mut text = output::facts([
+    let mut facts = vec![
         ("path", model.path.display().to_string()),
-        ("format", format!("{:?}", artifact.format()).to_lowercase()),
+        (
+            "format",
+            match artifact.packed() {
+                Some(packed) => format!("safetensors, weights packed as {packed}"),
+                None => format!("{:?}", artifact.format()).to_lowercase(),
+            },
+        ),
         (
             "architecture",
             format!(
@@ -79,7 +86,10 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         ("on disk", number::bytes(stored)),
         ("grid", grid.to_string()),
         ("strict load", report.to_string().replace('\n', "\n             ")),
-    ]);
+    ];
+    let labels = labels(artifact);
+    facts.extend(labels.as_ref().map(|labels| ("labels", shown(labels))));
+    let mut text = output::facts(facts);
     for (name, tied_to) in &ties {
         text.push_str(&format!("tied          {name} = {tied_to}\n"));
     }
@@ -122,6 +132,10 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             ),
         ),
     ]));
+    let warnings: Vec<String> = grid.warning().into_iter().collect();
+    for warning in &warnings {
+        text.push_str(&format!("\nwarning: {warning}\n"));
+    }
     if let Some(values) = &values {
         text.push_str(&format!("\nvalues: {}\n", values.summary()));
     }
@@ -154,6 +168,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
             "layers": architecture.layers(),
             "dims": architecture.dims,
         },
+        "labels": labels,
         "parameters": parameters,
         "bytes": stored,
         "roles": architecture.parameters_by_role().iter().map(|(role, tensors, elements)| {
@@ -164,6 +179,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         }).collect::<Vec<_>>(),
         "ties": ties.iter().map(|(name, to)| json!({"tensor": name, "tied_to": to})).collect::<Vec<_>>(),
         "grid": grid,
+        "packed": artifact.packed(),
+        "warnings": warnings,
         "memory": memory,
         "strict_load": report,
         "values": values.as_ref().map(Values::json),
@@ -179,6 +196,27 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     Ok(Outcome::new(json, text).holds(healthy || !args.strict))
 }
 
+/// Names of the classes of a classifier, numbered where the config does not name them; `None` for other models.
+pub fn labels(artifact: &Artifact) -> Option<Vec<String>> {
+    let classes = match artifact.architecture().kind {
+        Kind::Vision => {
+            let head = artifact.architecture().with_role(Role::Head).find(|site| site.stored)?;
+            *head.shape.first()?
+        }
+        _ => refit_nn::classifier::text_classes(artifact)?,
+    };
+    let names = refit_methods::labelled::class_names(artifact);
+    let name = |i: usize| names.get(i).cloned().flatten().unwrap_or_else(|| i.to_string());
+    Some((0..classes).map(name).collect())
+}
+
+/// How many, and the first of them.
+fn shown(labels: &[String]) -> String {
+    let first: Vec<&str> = labels.iter().take(5).map(String::as_str).collect();
+    let more = if labels.len() > first.len() { ", ..." } else { "" };
+    format!("{}: {}{more}", number::count(labels.len() as u64), first.join(", "))
+}
+
 /// Element type -> (tensors, elements, bytes).
 fn dtypes(artifact: &Artifact) -> BTreeMap<String, (usize, u64, u64)> {
     let mut census = BTreeMap::<String, (usize, u64, u64)>::new();
@@ -186,7 +224,7 @@ fn dtypes(artifact: &Artifact) -> BTreeMap<String, (usize, u64, u64)> {
         let entry = census.entry(tensor.dtype.to_string()).or_default();
         entry.0 += 1;
         entry.1 += tensor.numel() as u64;
-        entry.2 += tensor.nbytes;
+        entry.2 += artifact.stored_bytes(&tensor.name).unwrap_or(tensor.nbytes);
     }
     census
 }

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod embed;
 pub mod eval;
 pub mod explain;
+pub mod export;
 pub mod generate;
 pub mod inspect;
 pub mod lineage;

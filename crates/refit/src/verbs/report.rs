@@ -1,4 +1,5 @@
-//! `refit report RUN`: draws the report of a run again from its `run.json`.
+//! `refit report RUN`: draws the report of a run again from its `run.json`, or that of one model or adapter from what lies in
+//! its directory.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -9,14 +10,14 @@ use crate::cli::App;
 use crate::failure::{Failure, Result};
 use crate::output::Outcome;
 use crate::recipe::record::RunRecord;
-use crate::report::{self, Theme, number};
+use crate::report::{self, Theme, number, single};
 
-/// Draw the HTML report of a run from its run.json
+/// Draw the HTML report of a run from its run.json, or of one model or adapter that a method wrote
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run directory, or a run.json
+    /// Run directory or run.json; or the directory of a model or adapter
     run: PathBuf,
-    /// Where the page goes [default: report.html beside run.json]
+    /// Where the page goes [default: report.html beside run.json; NAME.report.html beside the directory of a model or adapter]
     #[arg(long, short)]
     out: Option<PathBuf>,
     /// Fix the page's look instead of following the reader's system
@@ -32,11 +33,23 @@ pub struct Args {
 
 /// Renders and writes the page.
 pub fn run(_app: &App, args: Args) -> Result<Outcome> {
-    let record = RunRecord::read(&args.run)?;
+    let one = !args.run.join("run.json").exists() && single::is_artifact(&args.run);
+    let record = if one { single::record(&args.run)? } else { RunRecord::read(&args.run)? };
     let page = report::render(&record, args.theme);
-    let out = args.out.unwrap_or_else(|| {
-        let dir = if args.run.is_dir() { Some(args.run.as_path()) } else { args.run.parent() };
-        dir.map_or_else(|| PathBuf::from("report.html"), |dir| dir.join("report.html"))
+    let out = args.out.unwrap_or_else(|| match one {
+        // Not inside: what lies there is what the manifest lists.
+        true => {
+            let beside = if args.run.file_name().is_some() {
+                args.run.clone()
+            } else {
+                args.run.join("..").join("x")
+            };
+            beside.with_file_name(format!("{}.report.html", record.name))
+        }
+        false => {
+            let dir = if args.run.is_dir() { Some(args.run.as_path()) } else { args.run.parent() };
+            dir.map_or_else(|| PathBuf::from("report.html"), |dir| dir.join("report.html"))
+        }
     });
     if !args.force {
         check_target(&out)?;

@@ -5,7 +5,7 @@ use burn::module::Param;
 use refit_data::Rng;
 use refit_nn::adapt::Lora;
 use refit_nn::operator::{LowRank, Operator};
-use refit_nn::{BurnDevice, Decoder, Trainable};
+use refit_nn::{BurnDevice, Decoder};
 use refit_train::BoxError;
 use refit_train::claim::{Claim, ClaimContext};
 use refit_train::train::optimizer::Side;
@@ -28,7 +28,7 @@ const KJV: Source = Source::Kjv;
 const HIDDEN: usize = 128;
 const LAYERS: usize = 4;
 const WINDOW: usize = 128;
-const BATCH: usize = 8;
+const BATCH: usize = 16;
 const RANK: usize = 32;
 const GAP: u64 = 50;
 
@@ -41,13 +41,13 @@ enum Arm {
     Factorized,
 }
 
-/// Name, arm, learning rates tried on dev.
-const ARMS: [(&str, Arm, [f64; 2]); 5] = [
-    ("adam", Arm::Adam, [1e-3, 3e-3]),
-    ("galore", Arm::GaLore { eight_bit: false }, [5e-3, 1e-2]),
-    ("galore 8-bit, per layer", Arm::GaLore { eight_bit: true }, [5e-3, 1e-2]),
-    ("lora on random weights", Arm::LoraOnRandom, [1e-3, 3e-3]),
-    ("low-rank factors", Arm::Factorized, [1e-3, 3e-3]),
+/// Name, arm, learning rates tried on dev: three each, so that no arm's best lies beyond what it was given for want of trying.
+const ARMS: [(&str, Arm, [f64; 3]); 5] = [
+    ("adam", Arm::Adam, [3e-4, 1e-3, 3e-3]),
+    ("galore", Arm::GaLore { eight_bit: false }, [5e-3, 1e-2, 2e-2]),
+    ("galore 8-bit, per layer", Arm::GaLore { eight_bit: true }, [5e-3, 1e-2, 2e-2]),
+    ("lora on random weights", Arm::LoraOnRandom, [1e-3, 3e-3, 1e-2]),
+    ("low-rank factors", Arm::Factorized, [1e-3, 3e-3, 1e-2]),
 ];
 
 fn optimizer(arm: Arm) -> OptimizerConfig {
@@ -113,7 +113,7 @@ fn model(arm: Arm, seed: u64) -> Result<(Decoder, Scope), BoxError> {
     Ok((decoder, scope))
 }
 
-/// Loss in nats on dev or test, and bytes of optimizer state.
+/// Loss in nats on dev and test, bytes of optimizer state on what GaLore projects, and of gradients at their peak.
 struct Outcome {
     dev: f64,
     test: f64,
@@ -142,40 +142,32 @@ fn train(arm: Arm, rate: f64, steps: u64, seed: u64, text: &Text) -> Result<Outc
     Ok(Outcome {
         dev: nats(&text.dev)?,
         test: nats(&text.test)?,
-        state: fitted.state_bytes,
+        state: fitted.states.iter().filter(|(name, _)| projected(name)).map(|(_, b)| b).sum(),
         gradients: fitted.gradient_bytes,
     })
 }
 
-/// Bytes of Adam's state on everything that GaLore does not project: what both arms hold alike.
-fn outside(seed: u64) -> Result<usize, BoxError> {
-    let (decoder, _) = model(Arm::Adam, seed)?;
-    let others = decoder.parameters();
-    let inside = |name: &str| name.contains("attn") || name.contains("mlp");
-    let count = others.iter().filter(|p| !inside(&p.name) || p.shape.len() < 2);
-    Ok(8 * count.map(|p| p.shape.iter().product::<usize>()).sum::<usize>())
+/// Is this a matrix that GaLore projects, or what an arm has in its place? The model has no biases.
+fn projected(name: &str) -> bool {
+    name.contains("attn") || name.contains("mlp")
 }
 
 fn run(cx: &mut ClaimContext) -> Result<(), BoxError> {
     let text = bytes::text(cx, "the King James Bible", KJV)?;
-    let steps = if cx.quick() { 60 } else { 500 };
+    let steps = if cx.quick() { 60 } else { 600 };
     cx.param("steps", steps);
     cx.param("batch", format!("{BATCH} windows of {WINDOW} bytes"));
     cx.param("rank, gap, scale", format!("{RANK}, {GAP}, 0.25"));
     cx.param("refit", env!("CARGO_PKG_VERSION"));
-    let rest = outside(0)?;
     for (name, arm, rates) in ARMS {
         let rate = bytes::best_rate(cx, name, &rates, |rate| {
-            Ok(train(arm, rate, steps / 4, 7, &text)?.dev)
+            Ok(train(arm, rate, steps / 2, 7, &text)?.dev)
         })?;
         for seed in cx.seeds().to_vec() {
             cx.arm(name, seed, |trial| {
                 let done = train(arm, rate, steps, seed, &text)?;
                 trial.record("loss (nats)", done.test);
-                trial.record(
-                    "state bytes on target matrices",
-                    done.state.saturating_sub(rest) as f64,
-                );
+                trial.record("state bytes on target matrices", done.state as f64);
                 trial.record("peak gradient bytes", done.gradients as f64);
                 trial.record("rate", rate);
                 Ok(())
@@ -193,7 +185,8 @@ fn judge(cx: &mut ClaimContext) {
     let (galore, lora) = (loss(cx, "galore") - adam, loss(cx, "lora on random weights") - adam);
     cx.check(
         "GaLore's loss is within 0.05 nats of Adam's, and its distance at most a quarter of LoRA's",
-        galore <= 0.05 && galore <= 0.25 * lora,
+        // Where LoRA itself beats Adam there is no distance to speak of, and nothing is shown.
+        lora > 0.0 && galore <= 0.05 && galore <= 0.25 * lora,
         format!("Adam {adam:.4}, GaLore {galore:+.4}, LoRA on random weights {lora:+.4}"),
     );
     let share = state(cx, "galore") / state(cx, "adam");

@@ -5,25 +5,28 @@
 //! [`refit_train`'s optimizer](refit_train::train::OptimizerConfig::GaLore), where the equations stand; this method trains a
 //! language model with it and writes the whole model.
 //!
-//! As in the reference, the moments are kept when the basis changes, and embeddings, head, norms and biases get plain Adam. The
+//! As in the reference, the moments are kept when the basis changes, and embeddings, head, norms and biases get plain Adam. Which
+//! matrices are projected follows from the architecture's roles: the reference's rule, names that contain `attn` or `mlp`, misses
+//! families that spell them otherwise (GPT-NeoX's `attention.`, OPT's `fc1`). The
 //! reference's doubling of `T` in per-layer mode, which works around its hooks firing twice, is not copied.
 
 mod claim;
 
 use clap::Args;
 use refit_train::train::optimizer::Side;
-use refit_train::train::{OptimizerConfig, Scope};
+use refit_train::train::{OptimizerConfig, Scope, scope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::finetune::model_plan;
 use super::frame::Session;
+use super::target;
 use super::training::{self, Training};
 use crate::error::{Error, Result};
 use crate::method::{
-    Claim, Context, Effort, Family, Info, InputSpec, Inputs, Method, Output, OutputKind, Paper,
-    Plan, Taxonomy, Touches,
+    Claim, Context, Effort, Family, Info, InputSpec, Inputs, Method, ModelInput, Output,
+    OutputKind, Paper, Plan, Taxonomy, Touches,
 };
 use crate::rewrite::OutputType;
 
@@ -62,6 +65,10 @@ pub struct GaLore {
     /// Side that is projected.
     #[arg(long, value_enum, default_value_t)]
     pub proj_type: Projection,
+    /// Matrices that are projected; everything else gets plain Adam: `all-linear` (by their roles, whatever they are called), ends of
+    /// module names (`q_proj,down_proj`), or globs on tensor names (`*.attention.*`).
+    #[arg(long, value_delimiter = ',', default_value = "all-linear")]
+    pub target_modules: Vec<String>,
     /// Moments in 8 bits.
     #[arg(long)]
     pub eight_bit: bool,
@@ -84,9 +91,43 @@ pub struct GaLore {
 crate::paper_defaults!(GaLore);
 
 impl GaLore {
-    fn optimizer(&self) -> OptimizerConfig {
+    /// Names and globs of the tensors that are projected.
+    ///
+    /// # Errors
+    /// A target that matches no matrix.
+    fn targets(&self, model: &ModelInput) -> Result<Vec<String>> {
+        let is_glob = |target: &&String| target.contains(['*', '?']);
+        let (globs, modules): (Vec<&String>, Vec<&String>) =
+            self.target_modules.iter().partition(is_glob);
+        let matrices = || model.artifact.tensors().iter().filter(|info| info.shape.len() == 2);
+        for pattern in &globs {
+            if !matrices().any(|info| scope::glob(pattern, &info.name)) {
+                let mut kinds: Vec<&str> = model
+                    .artifact
+                    .architecture()
+                    .linears()
+                    .filter_map(|site| site.module().rsplit('.').next())
+                    .collect();
+                kinds.sort_unstable();
+                kinds.dedup();
+                let expected =
+                    format!("it matches no matrix; linears are called {}", kinds.join(", "));
+                return Err(Error::range(Self::INFO.name, "target_modules", pattern, expected));
+            }
+        }
+        let mut targets: Vec<String> = globs.into_iter().cloned().collect();
+        if !modules.is_empty() || targets.is_empty() {
+            let modules: Vec<String> = modules.into_iter().cloned().collect();
+            let sites = target::resolve(Self::INFO.name, model, &modules)?;
+            targets.extend(sites.into_iter().map(|site| site.name.clone()));
+        }
+        Ok(targets)
+    }
+
+    fn optimizer(&self, names: Vec<String>) -> OptimizerConfig {
         let mut config = OptimizerConfig::galore(self.rank);
-        if let OptimizerConfig::GaLore { gap, scale, side, eight_bit, .. } = &mut config {
+        if let OptimizerConfig::GaLore { gap, scale, side, eight_bit, targets, .. } = &mut config {
+            *targets = names;
             *gap = self.update_proj_gap;
             *scale = self.scale as f32;
             *eight_bit = self.eight_bit;
@@ -152,6 +193,7 @@ impl Method for GaLore {
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         self.training.check(Self::INFO.name, self.learning_rate)?;
         self.check()?;
+        self.targets(&inputs.models[0])?;
         model_plan(self, inputs, &self.training, self.dtype, &Scope::default())
     }
 
@@ -159,12 +201,13 @@ impl Method for GaLore {
         let training = &self.training;
         let examples = training::examples(Self::INFO.name, inputs, training, 0)?;
         let rate = self.learning_rate;
+        let targets = self.targets(&inputs.models[0])?;
         let session = Session { inputs, plan, cx, training, rate, dropout: 0.0 };
         let mut trained = session.train(
             &examples,
             |_, _| Ok(Scope::default()),
             |recipe| {
-                recipe.optimizer = self.optimizer();
+                recipe.optimizer = self.optimizer(targets);
                 recipe.per_layer = self.per_layer;
             },
         )?;
@@ -175,4 +218,62 @@ impl Method for GaLore {
 
 fn count(report: &serde_json::Value) -> u64 {
     report["trained_parameters"].as_u64().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use refit_nn::{BurnDevice, Decoder, Trainable};
+
+    use super::*;
+
+    fn fixture(family: &str) -> ModelInput {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../refit-nn/tests/fixtures/hf");
+        ModelInput::open(family, folder.join(family)).unwrap()
+    }
+
+    fn with(targets: &[&str]) -> GaLore {
+        let target_modules = targets.iter().map(|target| (*target).to_owned()).collect();
+        GaLore { rank: 2, target_modules, ..GaLore::default() }
+    }
+
+    /// Names of the parameters of the running model that are projected.
+    fn projected(method: &GaLore, model: &ModelInput) -> Vec<String> {
+        let optimizer = method.optimizer(method.targets(model).unwrap()).build().unwrap();
+        let decoder = Decoder::load(&model.artifact, &BurnDevice::flex()).unwrap();
+        let all = decoder.parameters();
+        let targets = all.iter().filter(|p| optimizer.projects(&p.name, &p.shape));
+        targets.map(|p| p.name.clone()).collect()
+    }
+
+    #[test]
+    fn every_linear_of_every_family_is_projected_and_nothing_else() {
+        for family in ["gpt-neox", "opt", "gpt2", "llama", "phi3", "gemma2", "qwen3"] {
+            let model = fixture(family);
+            let mut wanted: Vec<&str> =
+                model.artifact.architecture().linears().map(|site| site.name.as_str()).collect();
+            let mut found = projected(&GaLore::default(), &model);
+            wanted.sort_unstable();
+            found.sort_unstable();
+            assert!(!wanted.is_empty() && wanted == found, "{family}: {found:?}, not {wanted:?}");
+        }
+    }
+
+    #[test]
+    fn names_and_globs_choose_and_mistakes_are_named() {
+        let neox = fixture("gpt-neox");
+        for targets in [&["query_key_value", "dense"][..], &["*.attention.*"]] {
+            let found = projected(&with(targets), &neox);
+            assert!(!found.is_empty(), "{targets:?}");
+            assert!(found.iter().all(|name| name.contains(".attention.")), "{found:?}");
+        }
+        let both = projected(&with(&["*.attention.*", "dense_4h_to_h"]), &neox);
+        assert!(both.iter().any(|name| name.contains("4h_to_h")), "{both:?}");
+        let refuse = |targets: &[&str]| with(targets).targets(&neox).unwrap_err().to_string();
+        let glob = refuse(&["*.attn.*"]);
+        assert!(glob.contains("*.attn.*") && glob.contains("query_key_value"), "{glob}");
+        let name = refuse(&["query_key_valu"]);
+        assert!(name.contains("did you mean `query_key_value`"), "{name}");
+    }
 }

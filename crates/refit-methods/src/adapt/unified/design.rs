@@ -10,47 +10,9 @@ use refit_nn::side::{Bottleneck, HeadAdapter, Init, Prefix};
 use refit_nn::{BurnDevice, Decoder, adapter};
 use refit_store::adapter::{Form, Part, Prompt, Values};
 use refit_train::train::{Rule, Scope};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
+use super::axes::Function;
 use crate::error::Result;
-
-/// Nonlinearity of a bottleneck.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize, JsonSchema,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum Function {
-    /// max(x, 0).
-    #[default]
-    Relu,
-    /// x Φ(x).
-    Gelu,
-    /// x σ(x).
-    Silu,
-    /// None: a low-rank map.
-    Linear,
-}
-
-impl Function {
-    fn activation(self) -> Option<Activation> {
-        match self {
-            Self::Relu => Some(Activation::Relu),
-            Self::Gelu => Some(Activation::Gelu),
-            Self::Silu => Some(Activation::Silu),
-            Self::Linear => None,
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Relu => "relu",
-            Self::Gelu => "gelu",
-            Self::Silu => "silu",
-            Self::Linear => "linear",
-        }
-    }
-}
 
 /// What is attached to every block, and before the text.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -61,8 +23,8 @@ pub struct Design {
     pub attention: Option<Side>,
     /// On the output of the ffn.
     pub ffn: Option<Side>,
-    /// Rank and factor of an adapter on every head.
-    pub per_head: Option<(usize, f64)>,
+    /// On every head by itself.
+    pub per_head: Option<PerHead>,
     /// Virtual tokens as keys and values, and the width of the net that they are trained through.
     pub prefix: Option<(usize, usize)>,
     /// Virtual tokens as embeddings.
@@ -86,7 +48,44 @@ pub struct Side {
     pub function: Function,
 }
 
+/// An adapter on every head by itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PerHead {
+    /// Channels of each head.
+    pub rank: usize,
+    /// Factor on the output.
+    pub scale: f64,
+    /// Softmax over the channels in place of the ReLU.
+    pub softmax: bool,
+}
+
+/// The engine's name of a function; `None` for the linear one and for softmax, which is no elementwise function.
+fn activation(function: Function) -> Option<Activation> {
+    match function {
+        Function::Relu => Some(Activation::Relu),
+        Function::Gelu => Some(Activation::Gelu),
+        Function::Silu => Some(Activation::Silu),
+        Function::Linear | Function::Softmax => None,
+    }
+}
+
+/// The name under which a bottleneck's function is written.
+fn written(activation: Option<Activation>) -> &'static str {
+    match activation {
+        Some(Activation::Relu) => Function::Relu.name(),
+        Some(Activation::Gelu) => Function::Gelu.name(),
+        Some(Activation::Silu) => Function::Silu.name(),
+        Some(other) => unreachable!("{other:?} is attached by nothing here"),
+        None => Function::Linear.name(),
+    }
+}
+
 impl Design {
+    /// Nothing is attached: the base model.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
     /// Positions that virtual tokens take.
     pub fn virtual_tokens(&self) -> usize {
         self.prefix.map_or(0, |(tokens, _)| tokens) + self.prompt.unwrap_or(0)
@@ -103,7 +102,7 @@ impl Design {
             let inputs = part.map_or(0, |s| if s.sequential { outputs } else { hidden });
             side(part, inputs, outputs).unwrap_or(0)
         };
-        let per_head = self.per_head.map_or(0, |(rank, _)| 2 * heads * rank);
+        let per_head = self.per_head.map_or(0, |part| 2 * heads * part.rank);
         let kv = config.kv_heads * config.head_dim;
         let prefix = self.prefix.map_or(0, |(tokens, _)| tokens * 2 * kv);
         let block = of(self.heads, heads) + of(self.attention, hidden) + of(self.ffn, hidden);
@@ -129,7 +128,7 @@ impl Design {
                 let inputs = if side.sequential { outputs } else { inputs };
                 let shape = [inputs, side.rank, outputs];
                 Bottleneck {
-                    activation: side.function.activation(),
+                    activation: activation(side.function),
                     scale: side.scale,
                     gain: side.learnable.then(|| one(&device)),
                     sequential: side.sequential,
@@ -139,9 +138,10 @@ impl Design {
             block.mixer.side = self.heads.map(|side| new(side, &o, hidden, heads));
             block.mixer_side = self.attention.map(|side| new(side, &o, hidden, hidden));
             block.ffn_side = self.ffn.map(|side| new(side, &down, hidden, hidden));
-            if let Some((rank, scale)) = self.per_head {
+            if let Some(PerHead { rank, scale, softmax }) = self.per_head {
                 let shape = [config.heads, rank, config.head_dim];
-                block.mixer.head_adapter = Some(HeadAdapter::new(shape, scale, rng, &device));
+                let fresh = HeadAdapter::new(shape, scale, rng, &device);
+                block.mixer.head_adapter = Some(HeadAdapter { softmax, ..fresh });
             }
         }
         if let Some((tokens, net)) = self.prefix {
@@ -157,10 +157,11 @@ impl Design {
             decoder.frame.prompt = Some(Param::from_tensor(table));
         }
         let mut rules = vec![Rule::freeze("@all")];
-        let sides = self.heads.or(self.attention).or(self.ffn);
-        if let Some(side) = sides {
+        let sides = [self.heads, self.attention, self.ffn];
+        if sides.iter().any(Option::is_some) {
             rules.extend([Rule::train("*.adapter_down.*"), Rule::train("*.adapter_up.*")]);
-            rules.extend(side.learnable.then(|| Rule::train("*.adapter_gain")));
+            let learnable = sides.iter().flatten().any(|side| side.learnable);
+            rules.extend(learnable.then(|| Rule::train("*.adapter_gain")));
         }
         rules.extend(self.per_head.map(|_| Rule::train("*.head_adapter.*")));
         rules.extend(self.prefix.map(|_| Rule::train("prefix.*")));
@@ -174,7 +175,7 @@ fn one(device: &BurnDevice) -> Param<Tensor<1>> {
 }
 
 /// What a trained model learned, as it is written.
-pub fn learned(model: &Decoder, function: Function) -> (Vec<Part>, Option<Prompt>) {
+pub fn learned(model: &Decoder) -> (Vec<Part>, Option<Prompt>) {
     let mut parts = Vec::new();
     for block in &model.blocks {
         let (o, down) = (block.mixer.o.site.as_str(), block.ffn.down_site());
@@ -197,7 +198,7 @@ pub fn learned(model: &Decoder, function: Function) -> (Vec<Part>, Option<Prompt
                     up_bias,
                     // A learned factor is one number by now.
                     scale: side.scale as f32 * gain,
-                    activation: function.name().into(),
+                    activation: written(side.activation).into(),
                     sequential: side.sequential,
                     position: position.into(),
                 },
@@ -212,6 +213,7 @@ pub fn learned(model: &Decoder, function: Function) -> (Vec<Part>, Option<Prompt
                     keys: values(adapter.keys.val()),
                     values: values(adapter.values.val()),
                     scale: adapter.scale as f32,
+                    activation: head_function(adapter.softmax).name().into(),
                 },
             });
         }
@@ -229,6 +231,10 @@ pub fn learned(model: &Decoder, function: Function) -> (Vec<Part>, Option<Prompt
         (None, None) => None,
     };
     (parts, prompt)
+}
+
+fn head_function(softmax: bool) -> Function {
+    if softmax { Function::Softmax } else { Function::Relu }
 }
 
 fn matrix(linear: &Linear) -> (Values, Vec<f32>) {
@@ -271,6 +277,8 @@ mod tests {
             init: Init::Lora,
             function: Function::Relu,
         });
+        let linear = side.map(|side| Side { function: Function::Linear, ..side });
+        let heads = |softmax| Some(PerHead { rank: 2, scale: 1.0, softmax });
         let none = Design::default();
         let (layers, d, kv) = (3, 16, 8);
         // The card's counts: L (2 d r + r + d) for a bottleneck, 2 L l kv for a prefix.
@@ -280,7 +288,14 @@ mod tests {
             ("heads", Design { heads: side, ..none }, bottleneck),
             ("prefix", Design { prefix: Some((5, 0)), ..none }, 2 * layers * 5 * kv),
             ("prompt", Design { prompt: Some(5), ..none }, 5 * d),
-            ("per head", Design { per_head: Some((2, 1.0)), ..none }, layers * 2 * 4 * 2 * 4),
+            ("per head", Design { per_head: heads(false), ..none }, layers * 2 * 4 * 2 * 4),
+            ("ungated prefix", Design { per_head: heads(true), ..none }, layers * 2 * 4 * 2 * 4),
+            ("attention and ffn", Design { attention: linear, ffn: side, ..none }, 2 * bottleneck),
+            (
+                "prefix and heads",
+                Design { prefix: Some((5, 0)), heads: linear, ..none },
+                bottleneck + 240,
+            ),
             ("mam", Design { prefix: Some((5, 0)), ffn: side, ..none }, bottleneck + 240),
         ]
     }

@@ -14,6 +14,18 @@
 //! | `prompt` | embeddings of virtual tokens before the text | |
 //! | `mam` | `prefix` | `scaled-pa-ffn` |
 //!
+//! A preset is a point on four axes, and every axis can be set by itself (`site`, `form`, `function`, `composition`), one value for
+//! all sites or one for each:
+//!
+//! ```text
+//! site         per-head    heads, attention, ffn
+//! form         parallel    parallel, sequential
+//! function     relu, softmax    relu, gelu, silu, linear
+//! composition  add, scaled, gated (with softmax: a prefix)    add, scaled
+//! ```
+//! `mam` is `--site per-head,ffn --function softmax,relu --composition gated,scaled`. A projection matrix, the paper's other site, is
+//! LoRA's. `bottleneck` 0 and `prefix_length` 0 attach nothing: the base model, exactly.
+//!
 //! LoRA, BitFit and full fine-tuning, the paper's other rivals, are methods of their own. A prefix is trained through
 //! `Linear(tanh(Linear(embedding)))` and written as the table that this gives. Ported to pre-norm models (not in the paper): the
 //! parallel ffn adapter reads the normed input that feeds gate and up, and adds to down's output before the residual; `pfeiffer`
@@ -23,6 +35,7 @@
 //! Prefix and prompt are written in PEFT's format. PEFT has no bottleneck adapters: those, and `mam`, are written in refit's own
 //! dialect of it.
 
+mod axes;
 mod claim;
 mod design;
 
@@ -35,7 +48,8 @@ use refit_store::architecture::Role;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use design::{Design, Function, Side, learned};
+pub use axes::{Axes, Composition, Form, Function, Place, Site};
+pub use design::{Design, PerHead, Side, learned};
 
 use super::frame::Session;
 use super::training::{self, Training};
@@ -77,27 +91,40 @@ pub enum Preset {
 #[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct UnifiedPeft {
-    /// Which adapter.
+    /// Which adapter: a point of the design space, from which the next four axes depart.
     #[arg(long, value_enum, default_value_t)]
     pub preset: Preset,
-    /// Channels of a bottleneck; of every head for mh-pa.
+    /// Hidden states that are changed, in place of the preset's.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    #[serde(deserialize_with = "axes::one_or_many")]
+    pub site: Vec<Site>,
+    /// What each change is computed from: one for all sites, or one for each.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    #[serde(deserialize_with = "axes::one_or_many")]
+    pub form: Vec<Form>,
+    /// Nonlinearity of each change: one for all sites, or one for each.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    #[serde(deserialize_with = "axes::one_or_many")]
+    pub function: Vec<Function>,
+    /// How each change joins the hidden state: one for all sites, or one for each.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    #[serde(deserialize_with = "axes::one_or_many")]
+    pub composition: Vec<Composition>,
+    /// Channels of a bottleneck; of every head at per-head. 0 attaches none.
     #[arg(long, default_value_t = 512)]
     pub bottleneck: usize,
-    /// Virtual tokens of a prefix or prompt.
+    /// Virtual tokens of a prefix or prompt; 0 attaches none.
     #[arg(long, default_value_t = 30)]
     pub prefix_length: usize,
     /// Width of the net that a prefix is trained through; 0 trains its table itself.
     #[arg(long, default_value_t = 800)]
     pub prefix_net: usize,
-    /// Factor on a bottleneck's output; by default 4 for mam and scaled-pa-ffn, 1 for the others.
+    /// Factor on the output where the composition is scaled; 4 by default. Makes `add` of a preset `scaled`.
     #[arg(long)]
     pub scale: Option<f64>,
     /// Learn that factor, from 1 on, one per layer.
     #[arg(long)]
     pub learnable_scale: bool,
-    /// Nonlinearity of a bottleneck.
-    #[arg(long, value_enum, default_value_t)]
-    pub function: Function,
     /// Share of a bottleneck's channels that is dropped in training.
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f64,
@@ -113,51 +140,86 @@ pub struct UnifiedPeft {
 crate::paper_defaults!(UnifiedPeft);
 
 impl UnifiedPeft {
-    /// What the preset and the numbers say.
-    pub fn design(&self) -> Design {
-        let side = |scale: f64, sequential: bool, init: Init| Side {
-            rank: self.bottleneck,
-            scale: self.scale.unwrap_or(scale),
-            learnable: self.learnable_scale,
-            sequential,
-            init,
-            function: self.function,
-        };
-        let (parallel, scaled) = (side(1.0, false, Init::Lora), side(4.0, false, Init::Lora));
-        let sequential = side(1.0, true, Init::Bert);
-        let none = Design::default();
-        let prefix = Some((self.prefix_length, self.prefix_net));
-        match self.preset {
-            Preset::Mam => Design { prefix, ffn: Some(scaled), ..none },
-            Preset::Houlsby => {
-                Design { attention: Some(sequential), ffn: Some(sequential), ..none }
+    /// What preset, axes and numbers say.
+    ///
+    /// # Errors
+    /// Points of the design space that cannot be run, with those that can; numbers out of their range.
+    pub fn design(&self) -> Result<Design> {
+        let Self { site, form, function, composition, .. } = self;
+        let axes = Axes { site, form, function, composition };
+        let places = axes.over(self.preset)?;
+        self.check(&places)?;
+        let mut design = Design::default();
+        if self.preset == Preset::Prompt {
+            design.prompt = (self.prefix_length > 0).then_some(self.prefix_length);
+        }
+        for place in &places {
+            if place.is_prefix() {
+                design.prefix = Some((self.prefix_length, self.prefix_net)).filter(|(l, _)| *l > 0);
+                continue;
             }
-            Preset::Pfeiffer => Design { ffn: Some(sequential), ..none },
-            Preset::PaAttn => Design { heads: Some(parallel), ..none },
-            Preset::PaFfn => Design { ffn: Some(parallel), ..none },
-            Preset::ScaledPaFfn => Design { ffn: Some(scaled), ..none },
-            Preset::MhPa => {
-                Design { per_head: Some((self.bottleneck, self.scale.unwrap_or(1.0))), ..none }
+            if self.bottleneck == 0 {
+                continue;
             }
-            Preset::Prefix => Design { prefix, ..none },
-            Preset::Prompt => Design { prompt: Some(self.prefix_length), ..none },
+            let (rank, scale) = (self.bottleneck, self.factor(place));
+            let sequential = place.form == Form::Sequential;
+            let side = Some(Side {
+                rank,
+                scale,
+                learnable: self.learnable_scale,
+                sequential,
+                // The paper's: sequential adapters change the model a little from the start, parallel ones do not.
+                init: if sequential { Init::Bert } else { Init::Lora },
+                function: place.function,
+            });
+            match place.site {
+                Site::PerHead => {
+                    let softmax = place.function == Function::Softmax;
+                    design.per_head = Some(PerHead { rank, scale, softmax });
+                }
+                Site::Heads => design.heads = side,
+                Site::Attention => design.attention = side,
+                Site::Ffn => design.ffn = side,
+            }
+        }
+        Ok(design)
+    }
+
+    /// The factor `s` at a place.
+    fn factor(&self, place: &Place) -> f64 {
+        match (self.scale, place.composition) {
+            // Said explicitly, `add` is that; of a preset it is where the factor starts from.
+            (_, Composition::Add) if !self.composition.is_empty() => 1.0,
+            (Some(scale), _) => scale,
+            (None, Composition::Scaled) => 4.0,
+            (None, _) => 1.0,
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// Checks the numbers against the places that they are for.
+    fn check(&self, places: &[Place]) -> Result<()> {
         let name = Self::INFO.name;
-        let design = self.design();
-        let sides = [design.heads, design.attention, design.ffn];
-        if self.bottleneck == 0 && (sides.iter().any(Option::is_some) || design.per_head.is_some())
-        {
-            return Err(Error::range(name, "bottleneck", 0, "at least 1 channel"));
+        if let Some(scale) = self.scale {
+            if scale == 0.0 || !scale.is_finite() {
+                return Err(Error::range(name, "scale", scale, "a number other than 0"));
+            }
+            let add = |place: &Place| place.composition == Composition::Add;
+            let mut others = places.iter().filter(|place| !place.is_prefix()).peekable();
+            if others.peek().is_some() && !self.composition.is_empty() && others.all(add) {
+                let expected = "scaled where --scale is given (add is h + Δh)";
+                return Err(Error::range(name, "composition", "add", expected));
+            }
+            if places.iter().all(Place::is_prefix) {
+                let expected =
+                    "nothing: prefix and prompt have no factor, a prefix's gate takes its place";
+                return Err(Error::range(name, "scale", scale, expected));
+            }
         }
-        if self.prefix_length == 0 && (design.prefix.is_some() || design.prompt.is_some()) {
-            return Err(Error::range(name, "prefix_length", 0, "at least 1 virtual token"));
-        }
-        if self.scale.is_some_and(|scale| scale == 0.0 || !scale.is_finite()) {
-            let expected = "a number other than 0";
-            return Err(Error::range(name, "scale", self.scale.unwrap_or_default(), expected));
+        let sides = |place: &Place| place.site != Site::PerHead;
+        if self.learnable_scale && !places.iter().any(sides) {
+            let expected =
+                "false without a bottleneck at heads, attention or ffn, whose factor it is";
+            return Err(Error::range(name, "learnable_scale", true, expected));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             let expected = "a share from 0 up to but not including 1";
@@ -194,8 +256,7 @@ impl Method for UnifiedPeft {
 
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         self.training.check(Self::INFO.name, self.learning_rate)?;
-        self.check()?;
-        let design = self.design();
+        let design = self.design()?;
         let config = training::language_model(Self::INFO.name, &inputs.models[0])?;
         if design.prefix.is_some() && config.windows.iter().any(Option::is_some) {
             return Err(Error::Conflict {
@@ -207,19 +268,32 @@ impl Method for UnifiedPeft {
             });
         }
         let shapes = tensors(&design, inputs, &config);
-        adapter_plan(self, inputs, &self.training, shapes, design.virtual_tokens())
+        let mut plan = adapter_plan(self, inputs, &self.training, shapes, design.virtual_tokens())?;
+        if design.is_empty() {
+            plan.steps = vec!["write an adapter that changes nothing".into()];
+            plan.warnings.push(
+                "no channels and no virtual tokens: nothing is attached and nothing trains; the adapter is the base model \
+                 (--bottleneck and --prefix-length above 0 attach something)"
+                    .into(),
+            );
+        }
+        Ok(plan)
     }
 
     fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
-        let design = self.design();
+        let design = self.design()?;
         let training = &self.training;
         let reserved = design.virtual_tokens();
         let examples = training::examples(Self::INFO.name, inputs, training, reserved)?;
         let (rate, dropout) = (self.learning_rate, self.dropout);
         let session = Session { inputs, plan, cx, training, rate, dropout };
-        let trained =
-            session.train(&examples, |decoder, rng| design.attach(decoder, rng), |_| {})?;
-        let (parts, prompt) = learned(&trained.model, self.function);
+        let trained = match design.is_empty() {
+            true => session.untrained(examples.len())?,
+            false => {
+                session.train(&examples, |decoder, rng| design.attach(decoder, rng), |_| {})?
+            }
+        };
+        let (parts, prompt) = learned(&trained.model);
         let base = adapter_config(inputs, serde_json::json!({ "task_type": "CAUSAL_LM" }));
         let mut config = describe(&trained.model, &parts, prompt.as_ref())?;
         for (key, value) in base.raw() {
@@ -254,10 +328,10 @@ fn tensors(
             Role::O => {
                 side(design.heads, heads);
                 side(design.attention, hidden);
-                if let Some((rank, _)) = design.per_head {
-                    let shape = vec![config.heads, rank, config.head_dim];
+                if let Some(part) = design.per_head {
+                    let shape = vec![config.heads, part.rank, config.head_dim];
                     for part in ["keys", "values"] {
-                        all.push((format!("{}.head_adapter.{part}", site.module()), shape.clone()));
+                        all.push((format!("{}.adapter_{part}", site.module()), shape.clone()));
                     }
                 }
             }
@@ -285,6 +359,7 @@ fn describe(model: &Decoder, parts: &[Part], prompt: Option<&Prompt>) -> Result<
         (true, Some(Prompt::Input { tokens, .. })) => {
             AdapterConfig::prompt(*tokens, config.hidden, config.layers, config.heads)
         }
-        _ => AdapterConfig::describe(parts, prompt)?,
+        (true, None) => AdapterConfig::nothing(),
+        (false, _) => AdapterConfig::describe(parts, prompt)?,
     })
 }

@@ -9,15 +9,19 @@
 //! | `uniform` | `(1/K) sum_k theta_k` |
 //! | `greedy` | the mean of a subset: best first, each of the others kept if the soup does not get worse |
 //! | `learned` | `sum_k w_k theta_k`, `w = softmax(a)` found on held-out data |
+//! | `learned-by-tensor` | the same with weights of their own for every tensor |
 //! | `wise-ft` | `(1 - alpha) theta_1 + alpha theta_2` |
 //!
-//! Greedy accepts a candidate of equal score, as the paper's recipe does; `--strict` asks for a better
-//! one, as the released code does. Learned soups here take the derivative with respect to the `K` weights
-//! by central differences of the held-out loss, which needs forward passes only; [`learn`] also holds the
-//! exact gradient from `dL/dtheta`, for one set of weights or one per tensor, for callers that can
-//! differentiate the model.
+//! Candidates are scored on held-out examples: labelled images or texts by accuracy, as the paper does, or text by its likelihood
+//! under a language model. Greedy accepts a candidate of equal score, as the paper's recipe does; `--strict` asks for a better
+//! one, as the released code does.
+//!
+//! Learned soups lower the mean cross-entropy of the held-out examples. With one set of weights the derivative is taken by central
+//! differences, which needs forward passes only. By tensor, which is what the released `learned_bylayer.py` does, the exact
+//! gradient is taken by a backward pass; weights start at `1/K`, and the temperature `b` of a classifier's logits
+//! trains along and is dropped. [`learn`] holds the arithmetic of both.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use clap::Args;
 use schemars::JsonSchema;
@@ -38,9 +42,10 @@ mod claim;
 pub mod greedy;
 mod heldout;
 pub mod learn;
+mod tensors;
 
 use greedy::greedy;
-use heldout::HeldOut;
+use heldout::{HeldOut, Scored};
 use learn::Mixture;
 
 /// How the mixing weights are found.
@@ -56,6 +61,8 @@ pub enum Mode {
     Greedy,
     /// Softmax weights fitted to held-out data.
     Learned,
+    /// Softmax weights of every tensor by itself, fitted to held-out data.
+    LearnedByTensor,
     /// Between two models: the first is the base, the second the fine-tuned one.
     WiseFt,
 }
@@ -105,6 +112,7 @@ impl Method for ModelSoups {
             min_models: 1,
             max_models: None,
             text: Need::Optional,
+            labelled: Need::Optional,
             data_role: "held-out text that scores candidates (greedy and learned soups)",
             ..InputSpec::WEIGHTS
         },
@@ -137,10 +145,13 @@ impl Method for ModelSoups {
             Mode::WiseFt if !(0.0..=1.0).contains(&self.alpha) => {
                 return Err(Error::range(name, "alpha", self.alpha, "a share from 0 to 1"));
             }
-            Mode::Greedy | Mode::Learned => HeldOut::check(inputs, self.max_tokens)?,
+            Mode::Greedy | Mode::Learned | Mode::LearnedByTensor => {
+                HeldOut::check(inputs, self.max_tokens)?
+            }
             _ => {}
         }
-        if self.mode == Mode::Learned && !(self.learning_rate > 0.0 && self.learning_rate < 10.0) {
+        let learned = matches!(self.mode, Mode::Learned | Mode::LearnedByTensor);
+        if learned && !(self.learning_rate > 0.0 && self.learning_rate < 10.0) {
             let expected = "a positive number, usually .05";
             return Err(Error::range(name, "learning_rate", self.learning_rate, expected));
         }
@@ -164,6 +175,9 @@ impl Method for ModelSoups {
             Mode::Learned => {
                 format!("{} steps of {} evaluations each", self.steps, 2 * count)
             }
+            Mode::LearnedByTensor => {
+                format!("{} steps of a gradient over all held-out examples each", self.steps)
+            }
             Mode::WiseFt => {
                 format!("mix {} of the first and {} of the second", 1.0 - self.alpha, self.alpha)
             }
@@ -181,6 +195,7 @@ impl Method for ModelSoups {
             }
             Mode::Greedy => self.greedy(inputs, plan, cx)?,
             Mode::Learned => self.learned(inputs, plan, cx)?,
+            Mode::LearnedByTensor => tensors::learn(self, inputs, plan, cx)?,
         };
         let coefficients: Vec<f64> = match &weights {
             Weights::Mean(kept) => (0..count)
@@ -209,8 +224,8 @@ impl ModelSoups {
         let mut score = |ingredients: &[usize]| {
             let score = match ingredients {
                 // A single model need not be written to be scored.
-                [only] => held_out.score(&inputs.models[*only].artifact)?,
-                several => kitchen.taste(&Weights::Mean(several.to_vec()), &held_out)?,
+                [only] => held_out.score(&inputs.models[*only].artifact)?.score,
+                several => kitchen.taste(&Weights::Mean(several.to_vec()), &held_out)?.score,
             };
             cx.progress.advance(1);
             Ok(score)
@@ -218,8 +233,7 @@ impl ModelSoups {
         let recipe = greedy(count, self.strict, &mut score);
         cx.progress.end();
         let recipe = recipe?;
-        let report =
-            json!({ "recipe": recipe, "score": "negative log-likelihood per token, negated" });
+        let report = json!({ "recipe": recipe, "score": held_out.meaning() });
         Ok((Weights::Mean(recipe.kept), report))
     }
 
@@ -238,7 +252,7 @@ impl ModelSoups {
         let mut work = || -> Result<()> {
             for step in 0..=self.steps {
                 let weights = global(&mixture);
-                losses.push(-kitchen.taste(&Weights::Global(weights.clone()), &held_out)?);
+                losses.push(kitchen.taste(&Weights::Global(weights.clone()), &held_out)?.loss);
                 cx.progress.advance(1);
                 if step == self.steps {
                     break;
@@ -248,9 +262,9 @@ impl ModelSoups {
                     let loss = |by: f32| -> Result<f64> {
                         let mut moved = weights.clone();
                         moved[model] += by;
-                        let score = kitchen.taste(&Weights::Global(moved), &held_out)?;
+                        let loss = kitchen.taste(&Weights::Global(moved), &held_out)?.loss;
                         cx.progress.advance(1);
-                        Ok(-score)
+                        Ok(loss)
                     };
                     by_weight.push((loss(NUDGE)? - loss(-NUDGE)?) / (2.0 * f64::from(NUDGE)));
                 }
@@ -267,14 +281,16 @@ impl ModelSoups {
 
 /// Writes candidates to a scratch directory to have them scored.
 struct Kitchen<'a> {
-    inputs: &'a Inputs,
+    /// The models; without the examples, which would be hashed for every candidate.
+    inputs: Inputs,
     plan: &'a Plan,
     cx: Context,
     scratch: tempfile::TempDir,
 }
 
 impl<'a> Kitchen<'a> {
-    fn new(inputs: &'a Inputs, plan: &'a Plan, cx: &Context) -> Result<Self> {
+    fn new(inputs: &Inputs, plan: &'a Plan, cx: &Context) -> Result<Self> {
+        let inputs = Inputs { models: inputs.models.clone(), ..Inputs::default() };
         let scratch = tempfile::Builder::new()
             .prefix("refit-soup-")
             .tempdir_in(&cx.temp_dir)
@@ -288,11 +304,16 @@ impl<'a> Kitchen<'a> {
         Ok(Self { inputs, plan, cx, scratch })
     }
 
-    fn taste(&self, weights: &Weights, held_out: &HeldOut) -> Result<f64> {
-        let emitter = Emitter::begin(self.inputs, self.plan, &self.cx)?;
+    fn taste(&self, weights: &Weights, held_out: &HeldOut) -> Result<Scored> {
+        held_out.score(&refit_store::Artifact::open(self.mix(weights)?)?)
+    }
+
+    /// Writes a candidate and says where.
+    fn mix(&self, weights: &Weights) -> Result<PathBuf> {
+        let emitter = Emitter::begin(&self.inputs, self.plan, &self.cx)?;
         fold(&self.inputs.models, weights, &emitter, self.plan, &self.cx)?;
-        let path = emitter.finish_scratch(self.inputs, self.plan, &self.cx)?;
-        debug_assert!(Path::new(&path).starts_with(self.scratch.path()));
-        held_out.score(&refit_store::Artifact::open(&path)?)
+        let path = emitter.finish_scratch(&self.inputs, self.plan, &self.cx)?;
+        debug_assert!(path.starts_with(self.scratch.path()));
+        Ok(path)
     }
 }

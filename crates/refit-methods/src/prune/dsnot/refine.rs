@@ -5,6 +5,9 @@
 //! pruned weight `g` and drops one kept weight `p`, chosen so that `e_r + C_rp - C_rg` moves towards
 //! zero and what is dropped matters least. No weight changes, and no row changes its count.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 use rayon::prelude::*;
 
 use crate::prune::mask::{Mask, Pattern, RowMask};
@@ -58,14 +61,27 @@ pub fn refine(
     if rows == 0 || inputs == 0 {
         return Refined::default();
     }
+    // v^gamma once per input; the common values need no power.
+    let penalty = |variance: &f32| match options.gamma {
+        0.0 => 1.0,
+        1.0 => variance + 1e-12,
+        gamma => (variance + 1e-12).powf(gamma),
+    };
+    let penalties: Vec<f32> = stats.variances.iter().map(penalty).collect();
+    let scratch = || (Vec::new(), Vec::new());
     let per_row: Vec<(u64, f32, f32)> = mask
         .rows_mut()
         .zip(weights.par_chunks(inputs).zip(saliency.par_chunks(inputs)))
-        .map(|(mut mask, (weights, saliency))| {
-            let row = Row::new(weights, stats, &mask, options);
+        .map_init(scratch, |(contribution, start), (mut mask, (weights, saliency))| {
+            contribution.clear();
+            contribution.extend(weights.iter().zip(stats.sums).map(|(w, s)| w * s));
+            start.clear();
+            start.extend((0..inputs).map(|j| mask.keeps(j)));
+            let (contribution, start) = (&*contribution, &*start);
+            let row = Row::new(weights, stats, &penalties, contribution, start, options);
             match pattern {
                 Pattern::Grouped { of, .. } => row.refine_grouped(&mut mask, saliency, of),
-                _ => row.refine(&mut mask, stats),
+                _ => row.refine(&mut mask),
             }
         })
         .collect();
@@ -79,29 +95,38 @@ pub fn refine(
     }
 }
 
+/// Candidates of a row, best first. Keys are not negative, so their bits order as they do; the index breaks ties. A row makes
+/// few swaps and looks at few candidates: a heap is linear to build and pays for those alone.
+struct Queue(BinaryHeap<Reverse<u64>>);
+
+impl Queue {
+    fn of(candidates: impl Iterator<Item = (usize, u32)>) -> Self {
+        let keyed = candidates.map(|(j, key)| Reverse(u64::from(key) << 32 | j as u64));
+        Self(keyed.collect::<Vec<_>>().into())
+    }
+
+    fn peek(&self) -> Option<usize> {
+        self.0.peek().map(|Reverse(keyed)| (keyed & 0xffff_ffff) as usize)
+    }
+
+    fn pop(&mut self) {
+        self.0.pop();
+    }
+}
+
 /// One row before its swaps.
 struct Row<'a> {
     weights: &'a [f32],
+    stats: InputStats<'a>,
+    /// `v_j^gamma`.
+    penalties: &'a [f32],
     /// `C_rj`.
-    contribution: Vec<f32>,
+    contribution: &'a [f32],
+    /// Which inputs the mask kept at the start: the candidates of every queue are fixed there.
+    start: &'a [bool],
     /// `e_r`.
     error: f32,
-    /// Pruned inputs with `C > 0` and with `C < 0`, the most useful first.
-    grow: [Vec<u32>; 2],
     options: RefineOptions,
-}
-
-/// The first `count` of a queue ordered by rising key, ties by index: a row makes no more swaps than
-/// that, so the rest need not be sorted.
-fn first(queue: Vec<u32>, count: usize, key: impl Fn(u32) -> f32) -> Vec<u32> {
-    let mut keyed: Vec<(f32, u32)> = queue.into_iter().map(|j| (key(j), j)).collect();
-    let order = |a: &(f32, u32), b: &(f32, u32)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
-    if count > 0 && count < keyed.len() {
-        keyed.select_nth_unstable_by(count - 1, order);
-    }
-    keyed.truncate(count);
-    keyed.sort_unstable_by(order);
-    keyed.into_iter().map(|(_, j)| j).collect()
 }
 
 /// Index of the queue with positive and negative contributions.
@@ -111,32 +136,34 @@ const NEGATIVE: usize = 1;
 impl<'a> Row<'a> {
     fn new(
         weights: &'a [f32],
-        stats: InputStats<'_>,
-        mask: &RowMask<'_>,
+        stats: InputStats<'a>,
+        penalties: &'a [f32],
+        contribution: &'a [f32],
+        start: &'a [bool],
         options: RefineOptions,
     ) -> Self {
-        let contribution: Vec<f32> = weights.iter().zip(stats.sums).map(|(w, s)| w * s).collect();
-        let mut grow = [Vec::new(), Vec::new()];
-        let mut error = 0f64;
-        for (j, &c) in contribution.iter().enumerate().filter(|(j, _)| !mask.keeps(*j)) {
-            error += f64::from(c);
-            if c != 0.0 {
-                grow[if c > 0.0 { POSITIVE } else { NEGATIVE }].push(j as u32);
-            }
-        }
-        // v^gamma once per input; the common values need no power.
-        let penalty = |j: u32| {
-            let variance = stats.variances[j as usize] + 1e-12;
-            match options.gamma {
-                0.0 => 1.0,
-                1.0 => variance,
-                gamma => variance.powf(gamma),
-            }
-        };
-        let grow = grow.map(|queue| {
-            first(queue, options.max_cycle, |j| -contribution[j as usize].abs() / penalty(j))
-        });
-        Self { weights, contribution, error: error as f32, grow, options }
+        let removed = contribution.iter().zip(start).filter(|(_, kept)| !**kept);
+        let error: f64 = removed.map(|(c, _)| f64::from(*c)).sum();
+        Self { weights, stats, penalties, contribution, start, error: error as f32, options }
+    }
+
+    /// Inputs of one state and sign.
+    fn side(&self, kept: bool, sign: usize) -> impl Iterator<Item = usize> {
+        let wanted = move |c: f32| if sign == POSITIVE { c > 0.0 } else { c < 0.0 };
+        let all = self.contribution.iter().zip(self.start).enumerate();
+        all.filter(move |(_, (c, at))| **at == kept && wanted(**c)).map(|(j, _)| j)
+    }
+
+    /// What to bring back, the most useful first.
+    fn grow(&self, sign: usize) -> Queue {
+        let key = |j: usize| !(self.contribution[j].abs() / self.penalties[j]).to_bits();
+        Queue::of(self.side(false, sign).map(|j| (j, key(j))))
+    }
+
+    /// What to drop, the least important first.
+    fn cut(&self, sign: usize) -> Queue {
+        let key = |j: usize| (self.weights[j].abs() * self.stats.norms[j]).to_bits();
+        Queue::of(self.side(true, sign).map(|j| (j, key(j))))
     }
 
     /// Whether the row is still off by more than is tolerated.
@@ -150,33 +177,24 @@ impl<'a> Row<'a> {
     }
 
     /// Swaps made, error before, error after.
-    fn refine(self, mask: &mut RowMask<'_>, stats: InputStats<'_>) -> (u64, f32, f32) {
-        let mut cut = [Vec::new(), Vec::new()];
-        for (j, &c) in self.contribution.iter().enumerate() {
-            if c != 0.0 && mask.keeps(j) {
-                cut[if c > 0.0 { POSITIVE } else { NEGATIVE }].push(j as u32);
-            }
-        }
-        let score = |j: u32| self.weights[j as usize].abs() * stats.norms[j as usize];
-        let cut = cut.map(|queue| first(queue, self.options.max_cycle, score));
-        let (mut next_grow, mut next_cut) = ([0; 2], [0; 2]);
+    fn refine(self, mask: &mut RowMask<'_>) -> (u64, f32, f32) {
+        // Made when they are first asked for: a row that keeps its sign needs half of them.
+        let (mut grow, mut cut) = ([None, None], [None, None]);
         let (mut now, mut swaps) = (self.error, 0);
         while swaps < self.options.max_cycle as u64 && self.is_off(now) {
             // Too much positive contribution is missing: bring some back, and drop a negative one.
             let (from, to) = if now > 0.0 { (POSITIVE, NEGATIVE) } else { (NEGATIVE, POSITIVE) };
-            let (Some(&g), Some(&p)) =
-                (self.grow[from].get(next_grow[from]), cut[to].get(next_cut[to]))
-            else {
-                break;
-            };
-            let after = now + self.contribution[p as usize] - self.contribution[g as usize];
+            let grow = grow[from].get_or_insert_with(|| self.grow(from));
+            let cut = cut[to].get_or_insert_with(|| self.cut(to));
+            let (Some(g), Some(p)) = (grow.peek(), cut.peek()) else { break };
+            let after = now + self.contribution[p] - self.contribution[g];
             if self.options.same_sign && self.overshoots(after) {
                 break;
             }
-            next_grow[from] += 1;
-            next_cut[to] += 1;
-            mask.set(g as usize, true);
-            mask.set(p as usize, false);
+            grow.pop();
+            cut.pop();
+            mask.set(g, true);
+            mask.set(p, false);
             now = after;
             swaps += 1;
         }
@@ -192,15 +210,13 @@ impl<'a> Row<'a> {
         of: usize,
     ) -> (u64, f32, f32) {
         let mut saliency = saliency.to_vec();
-        let mut next = [0; 2];
+        let mut grow = [None, None];
         let (mut now, mut swaps) = (self.error, 0);
         for _ in 0..self.options.max_cycle {
             let from = if now > 0.0 { POSITIVE } else { NEGATIVE };
-            let Some(&g) = self.grow[from].get(next[from]).filter(|_| self.is_off(now)) else {
-                break;
-            };
-            next[from] += 1;
-            let g = g as usize;
+            let queue = grow[from].get_or_insert_with(|| self.grow(from));
+            let Some(g) = queue.peek().filter(|_| self.is_off(now)) else { break };
+            queue.pop();
             let group = g / of * of..g / of * of + of;
             let kept = group.filter(|&j| mask.keeps(j) && saliency[j] < f32::INFINITY);
             let least = kept.min_by(|&a, &b| saliency[a].total_cmp(&saliency[b]).then(a.cmp(&b)));

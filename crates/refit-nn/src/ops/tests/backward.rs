@@ -60,6 +60,17 @@ fn linear() {
 }
 
 #[test]
+fn linear_in_bf16() {
+    let (x, w, b) = (leaf([2, 40, 64]), leaf([96, 64]), leaf([96]));
+    same_gradients!(
+        2e-2,
+        [x, w, b],
+        linear_in(x.clone(), w.clone(), Some(b.clone()), Precision::Bf16),
+        compose::linear(x.clone(), w.clone(), Some(b.clone())),
+    );
+}
+
+#[test]
 fn norms() {
     let (x, w, b) = (leaf([5, 31, 37]), leaf([37]), leaf([37]));
     same_gradients!(
@@ -173,13 +184,18 @@ fn head_loss_is_the_cross_entropy_of_all_logits() {
         let logits = compose::linear(x.clone(), w.clone(), None).reshape([18, 40]);
         -burn::tensor::activation::log_softmax(logits, 1).gather(1, ids.clone()).mean()
     };
-    same_gradients!(1e-5, [x, w], super::super::head_loss(x.clone(), w.clone(), &loss), plain(),);
+    same_gradients!(
+        1e-5,
+        [x, w],
+        super::super::head_loss(x.clone(), w.clone(), &loss, Precision::F32),
+        plain(),
+    );
     same_gradients!(1e-5, [x, w], compose::head_loss(x.clone(), w.clone(), &loss), plain());
     let logits = || compose::linear(x.clone(), w.clone(), None).reshape([18, 40]);
     same_gradients!(1e-5, [x, w], logit_loss(logits(), &loss), plain());
     same_gradients!(1e-5, [x, w], compose::logit_loss(logits(), &loss), plain());
     close("logits", to_vec(&logit_loss(logits().inner(), &loss)), to_vec(&plain().inner()), 1e-5);
-    let host = super::super::head_loss(x.clone().inner(), w.clone().inner(), &loss);
+    let host = super::super::head_loss(x.clone().inner(), w.clone().inner(), &loss, Precision::F32);
     close("value outside autodiff", to_vec(&host), to_vec(&plain().inner()), 1e-5);
 }
 

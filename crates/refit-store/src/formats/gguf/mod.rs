@@ -3,14 +3,17 @@
 mod dequantize;
 mod header;
 mod names;
+mod quantize;
 mod tokenizer;
 mod translate;
 mod types;
+pub mod write;
 
 use std::path::Path;
 
 pub use dequantize::dequantize;
 pub use header::{Header, Numbers, Strings, Tensor, Value, parse};
+pub use quantize::{WRITABLE, exact, holds, quantize};
 pub(crate) use tokenizer::{generation_config, tokenizer_config, tokenizer_json};
 pub use types::GgmlType;
 

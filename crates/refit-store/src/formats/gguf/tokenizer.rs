@@ -83,6 +83,41 @@ fn cut(pre: &str) -> Option<Cut> {
     })
 }
 
+/// Names for which GGUF's readers and refit agree, most specific first; several names stand for one cut.
+const NAMED: [&str; 7] =
+    ["smollm", "gpt-2", "llama-bpe", "qwen2", "stablelm2", "smaug-bpe", "default"];
+
+/// The `tokenizer.ggml.pre` of a byte-level BPE `tokenizer.json`; `None` if its text is cut in a way that has no name
+/// here. What an offset covers (`trim_offsets`) is not part of it.
+pub(crate) fn name_of_cut(tokenizer: &Json) -> Option<&'static str> {
+    fn plain(value: &Json) -> Json {
+        match value {
+            Json::Object(map) => {
+                let kept = map.iter().filter(|(key, value)| {
+                    // `use_regex` and `invert` stand where they were written out.
+                    !matches!(
+                        (key.as_str(), value),
+                        ("trim_offsets", _) | ("use_regex", Json::Bool(true))
+                    )
+                });
+                kept.map(|(key, value)| (key.clone(), plain(value))).collect::<Map<_, _>>().into()
+            }
+            Json::Array(list) => list.iter().map(plain).collect(),
+            other => other.clone(),
+        }
+    }
+    let parts = |normalizer: &Json, pre_tokenizer: &Json, ignore: bool| {
+        (plain(normalizer), plain(pre_tokenizer), ignore)
+    };
+    let ignore = tokenizer["model"]["ignore_merges"].as_bool().unwrap_or(false);
+    let wanted = parts(&tokenizer["normalizer"], &tokenizer["pre_tokenizer"], ignore);
+    NAMED.into_iter().find(|name| {
+        cut(name).is_some_and(|cut| {
+            parts(&cut.normalizer, &cut.pre_tokenizer, cut.ignore_merges) == wanted
+        })
+    })
+}
+
 /// The vocabulary of a file and what is known of its tokens.
 struct Vocabulary<'a> {
     header: &'a Header,

@@ -182,7 +182,8 @@ impl OptimizerConfig {
     }
 
     /// GaLore of rank `rank` with the reference's settings for pretraining: a new basis every 200 updates, scale 0.25, the
-    /// smaller side, moments kept as they are.
+    /// smaller side, moments kept as they are. The targets are the reference's guess from names, with `attention` spelt out
+    /// besides; whoever knows the architecture names the matrices instead.
     pub fn galore(rank: usize) -> Self {
         Self::GaLore {
             rank,
@@ -194,7 +195,7 @@ impl OptimizerConfig {
             eight_bit: false,
             on_refresh: Refresh::Keep,
             stagger: false,
-            targets: vec!["*attn*".into(), "*mlp*".into()],
+            targets: vec!["*attn*".into(), "*attention*".into(), "*mlp*".into()],
         }
     }
 

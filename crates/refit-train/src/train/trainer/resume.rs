@@ -7,7 +7,7 @@ use burn::module::ParamId;
 use refit_nn::Trainable;
 
 use super::{Guard, Recipe, Trainer};
-use crate::train::checkpoint::{Checkpoint, Position};
+use crate::train::checkpoint::{self, Checkpoint, Position};
 use crate::train::error::{Result, TrainError};
 use crate::train::update;
 
@@ -43,7 +43,36 @@ impl<M: Trainable> Trainer<M> {
     /// # Errors
     /// Files of another recipe (the settings that differ are named), other data, or another model.
     pub fn restore(&mut self, path: &Path, identity: &str) -> Result<()> {
-        let found = Checkpoint::read(path)?;
+        self.adopt(Checkpoint::read(path)?, path, identity)
+    }
+
+    /// Goes on from the newest checkpoint in `dir`, if there is one. Rank 0 reads it and sends it to the others, which may not
+    /// see that directory.
+    pub(super) fn resume(&mut self, dir: &Path, identity: &str) -> Result<()> {
+        let ranks = self.ranks.clone();
+        if ranks.alone() {
+            return match checkpoint::list(dir)?.pop() {
+                Some(newest) => self.restore(&newest, identity),
+                None => Ok(()),
+            };
+        }
+        let read = || match checkpoint::list(dir)?.pop() {
+            Some(path) => std::fs::read(&path)
+                .map(|raw| (path.to_string_lossy().into_owned(), raw))
+                .map_err(TrainError::io(path)),
+            None => Ok(Default::default()),
+        };
+        let (path, raw) = ranks.lead(read)?.unwrap_or_default();
+        let path = String::from_utf8_lossy(&ranks.broadcast(path.into_bytes())).into_owned();
+        let raw = ranks.broadcast(raw);
+        if path.is_empty() {
+            return Ok(());
+        }
+        let path = Path::new(&path);
+        self.adopt(Checkpoint::decode(path, &raw)?, path, identity)
+    }
+
+    fn adopt(&mut self, found: Checkpoint, path: &Path, identity: &str) -> Result<()> {
         let bad = |problem: String| Err(TrainError::Checkpoint { path: path.into(), problem });
         let (theirs, ours) = (&found.position.recipe, recipe_json(&self.recipe));
         if let (Some(theirs), Some(ours)) = (theirs.as_object(), ours.as_object()) {
@@ -109,7 +138,7 @@ impl<M: Trainable> Trainer<M> {
 }
 
 /// The recipe as far as it decides the result.
-fn recipe_json(recipe: &Recipe) -> serde_json::Value {
+pub(super) fn recipe_json(recipe: &Recipe) -> serde_json::Value {
     let mut json = serde_json::to_value(recipe).expect("invariant: a recipe is plain data");
     // Both modes give the same bits: a run may go on in the other one, and older checkpoints do not know it.
     json.as_object_mut().expect("invariant: a struct is an object").remove("per_layer");

@@ -164,6 +164,8 @@ fn fence(info: &Info, language: &'static str) -> &'static str {
     match info.name {
         // The small model has no biases.
         "bitfit" => "text",
+        // Labelled examples do not travel with refit.
+        _ if classifies(info) => "text",
         _ => language,
     }
 }
@@ -193,6 +195,7 @@ fn command_line(info: &Info) -> String {
     let data = match (info.inputs.text, info.inputs.data) {
         (Need::Required, _) => " --text builtin:calibration",
         (_, Need::Required) => " --data builtin:kjv-calib --steps 4",
+        (_, Need::Optional) => " --data lesson.jsonl",
         _ => "",
     };
     let small = small(info.name).map(|(flag, value)| format!(" --{flag} {value}"));
@@ -203,7 +206,15 @@ fn command_line(info: &Info) -> String {
         "`builtin:tiny` is the small model that travels with refit; put your own directory, file or \
          [source](../guide/sources.md) there.\n",
     );
+    if classifies(info) {
+        text.push_str("`lesson.jsonl` is a table of yours with the columns `text` and `label`.\n");
+    }
     text
+}
+
+/// Whether it learns from labelled examples.
+fn classifies(info: &Info) -> bool {
+    info.inputs.data == Need::Optional
 }
 
 /// What the small model needs instead of a default that was made for large ones.
@@ -222,7 +233,10 @@ fn recipe(entry: &Entry) -> String {
     let trained = info.inputs.data == Need::Required;
     let mut text =
         format!("\n## In a recipe\n\n```{}\nname: try-{name}\ndata:\n", fence(info, "yaml"));
-    text.push_str("  held-out: builtin:held-out\n");
+    match classifies(info) {
+        true => text.push_str("  examples: lesson.jsonl\n"),
+        false => text.push_str("  held-out: builtin:held-out\n"),
+    }
     if calibrated {
         text.push_str("  calibration: builtin:calibration\n");
     }
@@ -256,7 +270,7 @@ fn recipe(entry: &Entry) -> String {
     if calibrated {
         text.push_str("    data: calibration\n");
     }
-    if trained {
+    if trained || classifies(info) {
         text.push_str("    data: examples\n");
     }
     let mut defaults = entry.default().parameters();
@@ -276,6 +290,10 @@ fn recipe(entry: &Entry) -> String {
             Value::String(word) => text.push_str(&format!("      {key}: {word}\n")),
             other => text.push_str(&format!("      {key}: {other}\n")),
         }
+    }
+    if classifies(info) {
+        text.push_str("```\n");
+        return text;
     }
     text.push_str(&format!(
         "  - eval: [original, {name}]\n    on: held-out\n    reference: original\n    window: 256\n    \

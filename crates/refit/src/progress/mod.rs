@@ -1,10 +1,18 @@
-//! Progress on standard error: bars on a terminal, plain lines elsewhere, nothing when quiet.
+//! Progress on standard error: bars on a terminal, a dashboard for trainings, plain lines elsewhere, nothing when quiet.
+
+mod curve;
+mod dashboard;
+mod panel;
 
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use refit_methods::method::TrainingEvent;
+
+use panel::Dashboard;
+pub use panel::abandon;
 
 /// As the standard one, except that a reader who closed standard error does not end the program.
 macro_rules! eprintln {
@@ -50,6 +58,8 @@ struct Stage {
     said: Option<Instant>,
     bytes: bool,
     status: String,
+    /// In place of the bar.
+    dashboard: Option<Dashboard>,
 }
 
 /// Stages shorter than this are not worth a line.
@@ -89,7 +99,7 @@ impl Progress {
         }
         let (name, began) = (name.to_owned(), Instant::now());
         let status = String::new();
-        *self.lock() = Some(Stage { name, bar, began, said: None, bytes, status });
+        *self.lock() = Some(Stage { name, bar, began, said: None, bytes, status, dashboard: None });
     }
 
     /// `by` more are done.
@@ -134,11 +144,28 @@ impl Progress {
         self.advance(by);
     }
 
-    /// How the stage is going, in a few words that replace the last ones.
-    pub fn status(&self, words: &str) {
-        if let Some(stage) = self.lock().as_mut() {
-            stage.bar.set_message(words.to_owned());
-            words.clone_into(&mut stage.status);
+    /// The stage is a training, and this happened in it. A terminal with room for it shows a dashboard.
+    pub fn training(&self, event: &TrainingEvent) {
+        let mut stage = self.lock();
+        let Some(stage) = stage.as_mut() else { return };
+        if let TrainingEvent::Begin { .. } = event
+            && self.style == Style::Bar
+        {
+            if panel::fits() {
+                stage.bar.finish_and_clear();
+                let target = ProgressDrawTarget::hidden();
+                stage.bar = ProgressBar::with_draw_target(stage.bar.length(), target);
+                stage.dashboard = Some(Dashboard::open(event));
+            }
+            return;
+        }
+        if let Some(dashboard) = &stage.dashboard {
+            dashboard.see(event);
+        }
+        if let TrainingEvent::Update { loss, rate, items, unit, seconds, .. } = event {
+            let speed = *items as f64 / seconds.max(1e-9);
+            stage.status = format!("loss {loss:.3}, rate {rate:.1e}, {speed:.0} {unit}/s");
+            stage.bar.set_message(stage.status.clone());
         }
     }
 
@@ -146,6 +173,9 @@ impl Progress {
     pub fn end(&self) {
         if let Some(stage) = self.lock().take() {
             stage.bar.finish_and_clear();
+            if let Some(dashboard) = &stage.dashboard {
+                dashboard.close();
+            }
             let took = stage.began.elapsed();
             if self.style == Style::Lines && took >= WORTH {
                 eprintln!(
@@ -163,6 +193,7 @@ impl Progress {
             return;
         }
         match self.lock().as_ref() {
+            Some(Stage { dashboard: Some(dashboard), .. }) => dashboard.note(message),
             Some(stage) if self.style == Style::Bar => stage.bar.suspend(|| eprintln!("{message}")),
             _ => eprintln!("{message}"),
         }

@@ -3,6 +3,12 @@
 //! al. 2022) trains the norms' scales and biases.
 //!
 //! LN tuning is written as a PEFT adapter (`LN_TUNING`), BitFit as a model: PEFT has no word for it.
+//!
+//! Models of the Llama family have no biases. `--add-biases` gives `o_proj` and `down_proj`, the linears that write to the
+//! residual stream, biases that begin at zero, and trains these. transformers knows biases of a Llama by two keys of its config,
+//! `attention_bias` for all four projections of attention and `mlp_bias` for all three of the MLP, so the other five get biases
+//! too, which stay zero: the model says what it said before until training moves it, and every loader of Llamas reads it. The
+//! classes of Mistral, Qwen, Gemma and Phi have no such keys; there it is refused.
 
 use clap::Args;
 use refit_nn::load::stored;
@@ -14,6 +20,8 @@ use refit_train::train::{Rule, Scope};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+
+mod biases;
 
 use super::finetune::{model_plan, nothing, run_model};
 use super::frame::Session;
@@ -33,6 +41,9 @@ pub struct BitFit {
     /// Peak learning rate.
     #[arg(long, default_value_t = 1e-3)]
     pub learning_rate: f64,
+    /// Where a Llama has no biases: give `o_proj` and `down_proj` biases of zero and train these.
+    #[arg(long)]
+    pub add_biases: bool,
     /// Element type of the weights that are written.
     #[arg(long, value_enum, default_value_t)]
     pub dtype: OutputType,
@@ -83,17 +94,25 @@ impl Method for BitFit {
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         self.training.check(Self::INFO.name, self.learning_rate)?;
         let model = &inputs.models[0];
-        if !model.artifact.tensors().iter().any(|info| info.name.ends_with(".bias")) {
+        let has_biases = model.artifact.tensors().iter().any(|info| info.name.ends_with(".bias"));
+        if self.add_biases {
+            return biases::plan(self, inputs, has_biases);
+        }
+        if !has_biases {
             return Err(nothing(
                 &model.source,
                 "biases to train",
-                "models of the Llama family have none; `ln-tuning` trains their norms, `lora` adds what can be trained",
+                "models of the Llama family have none; --add-biases gives a Llama some, `ln-tuning` trains the norms, `lora` \
+                 adds what can be trained",
             ));
         }
         model_plan(self, inputs, &self.training, self.dtype, &Scope::only("@bias"))
     }
 
     fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
+        if self.add_biases {
+            return biases::run(self, inputs, plan, cx);
+        }
         let scope = Scope::only("@bias");
         run_model(Self::INFO.name, inputs, plan, cx, &self.training, self.learning_rate, scope)
     }
