@@ -123,6 +123,40 @@ def soup():
     target("uniform soup of four 538 MB f32 models, peak memory", ours[2], 300, "MB")
 
 
+def merge():
+    """The same recipes in both: mergekit's own YAML."""
+    base, tuned = MODELS / "smollm2-f32", [MODELS / f"soup{i}" for i in range(1, 5)]
+    source = lambda model, **values: {"model": str(model)} | ({"parameters": values} if values else {})
+    recipes = {
+        "linear, 4 models": {"merge_method": "linear", "models": [source(m, weight=0.25) for m in tuned]},
+        "TIES, base + 3": {"merge_method": "ties", "base_model": str(base), "models": [source(m, weight=1, density=0.2) for m in tuned[:3]]},
+        "DARE-TIES, base + 3": {"merge_method": "dare_ties", "base_model": str(base), "models": [source(m, weight=0.4, density=0.5) for m in tuned[:3]]},
+        "SLERP, 2 models": {"merge_method": "slerp", "base_model": str(tuned[0]), "models": [source(m) for m in tuned[:2]], "parameters": {"t": 0.4}},
+        "model_stock, base + 3": {"merge_method": "model_stock", "base_model": str(base), "models": [source(m) for m in tuned[:3]]},
+    }
+    bounds = {"linear, 4 models": (0.9, 150), "TIES, base + 3": (2, 300)}
+    for name, recipe in recipes.items():
+        with tempfile.TemporaryDirectory(dir=MODELS) as work:
+            path = Path(work) / "recipe.yaml"
+            # JSON is YAML.
+            path.write_text(json.dumps(recipe | {"dtype": "float32"}))
+            theirs = peer("merge_mergekit.py", path, Path(work) / "mergekit")
+            shutil.rmtree(Path(work) / "mergekit")
+            runs = []
+            for _ in range(3):
+                shutil.rmtree(Path(work) / "refit", ignore_errors=True)
+                runs.append(refit("run", path, "-o", Path(work) / "refit", "--json"))
+        _, seconds, memory = best(runs, lambda r: r[1])
+        line(name, seconds, theirs["seconds"], "s", False)
+        line("  peak memory", memory, theirs["peak_rss_mb"], "MB", False)
+        if name in bounds:
+            target(f"merge: {name}, time", seconds, bounds[name][0], "s")
+            target(f"merge: {name}, peak memory", memory, bounds[name][1], "MB")
+        else:
+            target(f"merge: {name}, times faster than mergekit", theirs["seconds"] / seconds, 8, "x", higher_is_better=True)
+            target(f"merge: {name}, peak memory against mergekit's", memory / theirs["peak_rss_mb"], 0.1, "x")
+
+
 def apply(method, model, *args):
     """One method from start to written artifact: seconds and peak resident MB."""
     with tempfile.TemporaryDirectory(dir=MODELS) as work:
@@ -217,7 +251,7 @@ def galore():
         target(f"optimizer state of {setting}, rank 128, against the formula", found["state"] / found["state_by_formula"], bound, "x")
 
 
-BENCHES = {f.__name__: f for f in (open_gguf, prefill, decode, embed, soup, data_free, pruning, quickstart, train, images, lora, galore)}
+BENCHES = {f.__name__: f for f in (open_gguf, prefill, decode, embed, soup, merge, data_free, pruning, quickstart, train, images, lora, galore)}
 for name in sys.argv[4:] or BENCHES:
     if name not in BENCHES:
         raise SystemExit(f"unknown bench {name}: {', '.join(BENCHES)}")

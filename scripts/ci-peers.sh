@@ -46,6 +46,20 @@ for method in gptq wanda sparsegpt dsnot; do
 done
 "$venv/bin/python" scripts/interop.py "$refit" "$work"/{rtn,finequant,magnitude,gptq,wanda,sparsegpt,dsnot}
 
+# Merges: of one shape by a base and two relatives, of another by a recipe of mergekit that stacks layers.
+"$refit" apply rtn "$tiny" -o "$work/rtn3" --bits 3 --group 64
+for method in linear karcher multislerp nuslerp; do
+  "$refit" apply "$method" "$work/rtn" "$work/rtn3" -o "$work/$method"
+done
+for method in task-arithmetic ties dare-ties della breadcrumbs model-stock sce; do
+  "$refit" apply "$method" "$work/rtn" "$work/rtn3" --base "$tiny" -o "$work/$method"
+done
+for method in slerp arcee-fusion nearswap; do
+  "$refit" apply "$method" "$work/rtn" --base "$tiny" -o "$work/$method"
+done
+"$refit" run recipes/mergekit-stack.yml -o "$work/stack"
+"$venv/bin/python" scripts/interop.py "$refit" "$work"/{linear,karcher,multislerp,nuslerp,task-arithmetic,ties,dare-ties,della,breadcrumbs,model-stock,sce,slerp,arcee-fusion,nearswap,stack}
+
 # The same weights in other formats: GGUF, compressed-tensors and GPTQ decode to what refit reads, and say the same to transformers.
 "$refit" apply rtn "$tiny" -o "$work/rtn-asymmetric" --bits 4 --group 32 --asymmetric
 "$refit" apply rtn "$tiny" -o "$work/rtn-3" --bits 3 --group 32

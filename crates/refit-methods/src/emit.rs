@@ -52,6 +52,19 @@ impl Emitter {
         Self::begin_in(inputs, plan, cx, None)
     }
 
+    /// As [`begin`](Self::begin), with other files beside the weights.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn begin_with(
+        inputs: &Inputs,
+        plan: &Plan,
+        cx: &Context,
+        side_files: Vec<SideFile>,
+    ) -> Result<Self> {
+        Self::declare(inputs, plan, cx, None, Some(side_files))
+    }
+
     /// As [`begin`](Self::begin), kept in another way.
     ///
     /// # Errors
@@ -61,6 +74,16 @@ impl Emitter {
         plan: &Plan,
         cx: &Context,
         container: Option<Container>,
+    ) -> Result<Self> {
+        Self::declare(inputs, plan, cx, container, None)
+    }
+
+    fn declare(
+        inputs: &Inputs,
+        plan: &Plan,
+        cx: &Context,
+        container: Option<Container>,
+        side_files: Option<Vec<SideFile>>,
     ) -> Result<Self> {
         let out = cx.out()?;
         if !cx.resume
@@ -113,7 +136,10 @@ impl Emitter {
         let relation = container.as_ref().map(|container| container.relation);
         let (gguf, side_files) = match container {
             Some(container) => (container.gguf, container.side_files),
-            None => (None, inputs.models[0].artifact.side_files().to_vec()),
+            None => {
+                let own = || inputs.models[0].artifact.side_files().to_vec();
+                (None, side_files.unwrap_or_else(own))
+            }
         };
         let format = if gguf.is_some() { Format::Gguf } else { Format::Safetensors };
         let write = WritePlan {
@@ -188,7 +214,7 @@ impl Emitter {
             writer.add_side_file(file);
         }
         writer.finish_with(|| {
-            let mut parents = parents(&inputs.models, &fingerprints)?;
+            let mut parents = parents(inputs, &fingerprints)?;
             parents.extend(adapter_parents(&inputs.adapters)?);
             let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
             card.relation = relation.or(card.relation);
@@ -210,9 +236,11 @@ impl Emitter {
 }
 
 /// The models as the manifest names them.
-fn parents(models: &[ModelInput], fingerprints: &[String]) -> Result<Vec<Parent>> {
-    let part = if models.len() > 1 { "ingredient" } else { "base" };
-    let parent = |(model, fingerprint): (&ModelInput, &String)| {
+fn parents(inputs: &Inputs, fingerprints: &[String]) -> Result<Vec<Parent>> {
+    let models = &inputs.models;
+    let parent = |(at, (model, fingerprint)): (usize, (&ModelInput, &String))| {
+        let base = models.len() == 1 || inputs.base == Some(at);
+        let part = if base { "base" } else { "ingredient" };
         let manifest = Lineage::read(model.artifact.path())?;
         let content = model.artifact.content_hash()?;
         if model.artifact.fingerprint()? != *fingerprint {
@@ -226,7 +254,7 @@ fn parents(models: &[ModelInput], fingerprints: &[String]) -> Result<Vec<Parent>
             part: Some(part.into()),
         })
     };
-    models.par_iter().zip(fingerprints).map(parent).collect()
+    models.par_iter().zip(fingerprints).enumerate().map(parent).collect()
 }
 
 /// The adapters as the manifest names them.
@@ -255,7 +283,7 @@ pub fn describe_adapter(
     cx: &Context,
     report: &Value,
 ) -> Result<(Lineage, Card)> {
-    let parents = parents(&inputs.models, fingerprints)?;
+    let parents = parents(inputs, fingerprints)?;
     let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
     card.relation = Some(Relation::Adapter);
     card.library = "peft".into();
@@ -350,19 +378,30 @@ fn licence(model: &ModelInput) -> (String, Fact<String>) {
 
 /// The command that makes the artifact again, into a directory of the reader's choice.
 fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
+    if let Some(words) = &plan.command {
+        return words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+    }
     let mut words = Vec::new();
     if !cx.ranks.alone() {
         words.extend(["mpirun".to_owned(), "-n".to_owned(), cx.ranks.size().to_string()]);
     }
     words.extend(["refit".to_owned(), "apply".to_owned(), plan.method.clone()]);
-    words.extend(inputs.models.iter().map(|model| model.source.clone()));
+    words.extend(inputs.beside_base().map(|at| inputs.models[at].source.clone()));
     words.extend(inputs.adapters.iter().map(|adapter| adapter.source.clone()));
     for data in &inputs.data {
         words.extend(["--data".to_owned(), data.source()]);
     }
+    if let Some(base) = inputs.base {
+        words.extend(["--base".to_owned(), inputs.models[base].source.clone()]);
+    }
+    let defaults = crate::registry::get(&plan.method).map(|entry| entry.default().parameters());
     for (key, value) in plan.parameters.as_object().into_iter().flatten() {
         let flag = format!("--{}", key.replace('_', "-"));
         match value {
+            // A flag that is on by default takes a value.
+            Value::Bool(set) if defaults.as_ref().is_ok_and(|all| all[key] == true) => {
+                words.extend([flag, set.to_string()]);
+            }
             Value::Null | Value::Bool(false) => {}
             Value::Bool(true) => words.push(flag),
             Value::String(text) => words.extend([flag, text.clone()]),

@@ -156,6 +156,14 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         problem: String,
     },
+    /// A recipe of mergekit that cannot be carried out.
+    #[error("mergekit recipe: {at}: {problem}")]
+    Recipe {
+        /// The key or the entry.
+        at: String,
+        /// What is wrong with it, and what to do.
+        problem: String,
+    },
     /// Two models that do not fit together.
     #[error("{first} and {second} do not fit together: {problem}")]
     Mismatch {
@@ -211,6 +219,11 @@ impl Error {
         expected: impl Into<String>,
     ) -> Self {
         Self::Range { method, name, value: value.to_string(), expected: expected.into() }
+    }
+
+    /// A mergekit recipe that cannot be carried out.
+    pub fn recipe(at: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Recipe { at: at.into(), problem: problem.into() }
     }
 
     /// A tensor that cannot be used.

@@ -14,8 +14,10 @@ use crate::method::{Info, Need};
 /// Everything that a method reads.
 #[derive(Clone, Debug, Default)]
 pub struct Inputs {
-    /// The models, in the order given.
+    /// The models, in the order given; the first one's configuration and tokenizer go along.
     pub models: Vec<ModelInput>,
+    /// Which of the models is the base of the others, where the method takes one.
+    pub base: Option<usize>,
     /// Plain text: calibration or held-out, as the method's description says.
     pub text: Vec<TextData>,
     /// Labelled examples.
@@ -122,12 +124,38 @@ impl TrainingData {
 }
 
 impl Inputs {
+    /// The models beside the base, by their place.
+    pub fn beside_base(&self) -> impl Iterator<Item = usize> {
+        let base = self.base;
+        (0..self.models.len()).filter(move |at| Some(*at) != base)
+    }
+
     /// Checks the number of models and the presence of data against a method's description.
     ///
     /// # Errors
     /// [`Error::ModelCount`], [`Error::MissingData`] or [`Error::BadData`] for empty text.
     pub fn check(&self, info: &Info) -> Result<()> {
-        let (spec, given) = (info.inputs, self.models.len());
+        let (spec, given) = (info.inputs, self.beside_base().count());
+        match (spec.base, self.base) {
+            (Need::Required, None) => {
+                return Err(Error::MissingData {
+                    method: info.name,
+                    what: "the base that the models were fine-tuned from".to_owned(),
+                    how: "--base MODEL (in a recipe, `base`)",
+                });
+            }
+            (Need::No, Some(base)) => {
+                let problem = format!(
+                    "{} takes no base; give it among the models, or leave it out",
+                    info.name
+                );
+                return Err(Error::BadData {
+                    source_name: self.models[base].source.clone(),
+                    problem,
+                });
+            }
+            _ => {}
+        }
         if let (Need::No, Some(adapter)) = (spec.adapters, self.adapters.first()) {
             let problem = format!(
                 "this is an adapter, and {} takes models; merge it into its base first: refit apply merge-adapter MODEL {} \
@@ -142,11 +170,15 @@ impl Inputs {
                 1 => "1 model".to_owned(),
                 n => format!("{n} models"),
             };
+            let beside = match spec.base {
+                Need::No => "",
+                _ => " beside the base",
+            };
             let expected = match spec.max_models {
                 Some(max) if max == spec.min_models => format!("exactly {}", models(max)),
                 Some(max) => format!("{} to {}", spec.min_models, models(max)),
                 None => format!("at least {}", models(spec.min_models)),
-            };
+            } + beside;
             let given = models(given) + if given > 1 { " were" } else { " was" };
             return Err(Error::ModelCount { method: info.name, expected, given });
         }

@@ -147,6 +147,8 @@ pub struct InputSpec {
     pub data: Need,
     /// Adapters, given among the models.
     pub adapters: Need,
+    /// A base model beside the models; its configuration and tokenizer go along.
+    pub base: Need,
     /// What the data are for; empty when none are taken.
     pub data_role: &'static str,
 }
@@ -167,6 +169,7 @@ impl InputSpec {
         labelled: Need::No,
         data: Need::No,
         adapters: Need::No,
+        base: Need::No,
         data_role: "",
     };
     /// One model and calibration text.
@@ -281,6 +284,9 @@ pub struct Plan {
     pub notes: Vec<String>,
     /// Things that are probably not what the user wants.
     pub warnings: Vec<String>,
+    /// The command line that does this, where it is not `refit apply` with the parameters as flags.
+    #[serde(skip)]
+    pub command: Option<Vec<String>>,
 }
 
 impl Plan {

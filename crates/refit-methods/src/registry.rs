@@ -216,7 +216,7 @@ mod tests {
     /// Flags that every command has; a method must not take them for itself.
     const RESERVED: &[&str] = &[
         "models", "out", "seed", "threads", "force", "resume", "text", "labelled", "images",
-        "data", "json", "dry-run", "device", "help", "quiet", "verbose", "config", "model",
+        "data", "base", "json", "dry-run", "device", "help", "quiet", "verbose", "config", "model",
     ];
 
     #[test]

@@ -41,6 +41,11 @@ pub enum OutputType {
 }
 
 impl OutputType {
+    /// The type of every floating-point tensor, where it does not depend on the source.
+    pub fn fixed(self) -> Option<DType> {
+        (self != Self::Auto).then(|| self.of(DType::F32))
+    }
+
     /// The stored type of a tensor whose source has type `from`.
     pub fn of(self, from: DType) -> DType {
         match (self, from) {

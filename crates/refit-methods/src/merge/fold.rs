@@ -182,24 +182,7 @@ pub fn compare(models: &[ModelInput], out: OutputType, plan: &mut Plan) -> Resul
         {
             return Err(mismatch(format!("tensor `{}` is missing in the first", extra.name)));
         }
-        for key in ["model_type", "id2label", "vocab_size"] {
-            let (a, b) = (first.artifact.config().get(key), model.artifact.config().get(key));
-            if let (Some(a), Some(b)) = (a, b)
-                && a != b
-            {
-                return Err(mismatch(format!(
-                    "`{key}` of their configurations differs ({} against {}), so their outputs do not \
-                     mean the same",
-                    short(a),
-                    short(b)
-                )));
-            }
-        }
-        if !same_vocabulary(first, model)? {
-            return Err(mismatch(
-                "their tokenizers differ, so the same token id means different words".into(),
-            ));
-        }
+        check_alike(first, model, true)?;
     }
     for info in first.artifact.tensors() {
         let dtype = out.of(info.dtype);
@@ -215,6 +198,50 @@ pub fn compare(models: &[ModelInput], out: OutputType, plan: &mut Plan) -> Resul
     }
     let threads = rayon::current_num_threads() as u64;
     plan.peak_memory = threads * (12 << 20) + (48 << 20);
+    Ok(())
+}
+
+/// Checks that two models do the same kind of work: architecture, classes and, where it `counts`, the vocabulary.
+///
+/// # Errors
+/// [`Error::Mismatch`].
+pub fn check_alike(first: &ModelInput, model: &ModelInput, vocabulary_counts: bool) -> Result<()> {
+    let mismatch = |problem: String| Error::Mismatch {
+        first: first.source.clone(),
+        second: model.source.clone(),
+        problem,
+    };
+    for key in ["model_type", "hidden_size", "id2label", "vocab_size"] {
+        let (a, b) = (first.artifact.config().get(key), model.artifact.config().get(key));
+        if let (Some(a), Some(b)) = (a, b)
+            && a != b
+            && (key != "vocab_size" || vocabulary_counts)
+        {
+            let advice = match key {
+                "model_type" => {
+                    "; models of different architectures cannot be merged weight by weight"
+                }
+                "vocab_size" => {
+                    "; a mergekit recipe aligns vocabularies with `tokenizer_source: base` (or union)"
+                }
+                "hidden_size" => "; models of different widths cannot be merged weight by weight",
+                _ => "",
+            };
+            return Err(mismatch(format!(
+                "`{key}` of their configurations differs ({} against {}), so their outputs do not \
+                 mean the same{advice}",
+                short(a),
+                short(b)
+            )));
+        }
+    }
+    if vocabulary_counts && !same_vocabulary(first, model)? {
+        return Err(mismatch(
+            "their tokenizers differ, so the same token id means different words; a mergekit recipe aligns them with \
+             `tokenizer_source: base` (or union)"
+                .into(),
+        ));
+    }
     Ok(())
 }
 

@@ -96,18 +96,23 @@ fn apply(
     texts: &BTreeMap<String, Vec<Text>>,
     sources: &BTreeMap<String, Vec<String>>,
 ) -> Result<Option<(Plan, Option<Arc<Artifact>>)>> {
-    let Work::Apply { method, to, with, data, held_out, .. } = &step.work else { return Ok(None) };
+    let Work::Apply { method, to, base, with, data, held_out, .. } = &step.work else {
+        return Ok(None);
+    };
     let entry = registry::get(method)?;
     let method = entry.from_value(with)?;
     let trains = entry.info.inputs.data != Need::No;
+    // The base comes first, as when the method is applied.
+    let members: Vec<&String> =
+        base.iter().chain(to.iter().filter(|name| Some(*name) != base.as_ref())).collect();
     let Some(parents) =
-        to.iter().map(|name| models.get(name.as_str()).cloned()).collect::<Option<Vec<_>>>()
+        members.iter().map(|name| models.get(name.as_str()).cloned()).collect::<Option<Vec<_>>>()
     else {
         return Ok(None);
     };
     parents.iter().try_for_each(|parent| parent.check_fit())?;
-    let model = |(source, artifact): (&String, &Arc<Artifact>)| ModelInput {
-        source: source.clone(),
+    let model = |(source, artifact): (&&String, &Arc<Artifact>)| ModelInput {
+        source: (*source).clone(),
         artifact: artifact.clone(),
     };
     let learned = data.as_ref().filter(|_| trains).map_or(&[][..], |name| &sources[name]);
@@ -117,7 +122,8 @@ fn apply(
         .flat_map(|name| texts.get(name).into_iter().flatten())
         .map(|text| TextData { source: text.source.clone(), text: text.text.clone() });
     let inputs = Inputs {
-        models: to.iter().zip(&parents).map(model).collect(),
+        models: members.iter().zip(&parents).map(model).collect(),
+        base: base.as_ref().map(|_| 0),
         text: text.collect(),
         data: inputs::training(learned)?,
         ..Inputs::default()

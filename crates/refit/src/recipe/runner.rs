@@ -169,14 +169,14 @@ impl<'a> Runner<'a> {
     }
 
     fn apply(&mut self, name: &str, work: &Work) -> Result {
-        let Work::Apply { method, to, with, data, held_out, label, group } = work else {
+        let Work::Apply { method, to, base, with, data, held_out, label, group } = work else {
             return Ok(());
         };
         let entry = registry::get(method)?;
         let configured = entry.from_value(with)?;
         let parameters = configured.parameters();
         let parents: Vec<&ArtifactRecord> =
-            to.iter().filter_map(|t| self.record.artifact(t)).collect();
+            base.iter().chain(to).filter_map(|t| self.record.artifact(t)).collect();
         let hashes: Vec<&str> = parents.iter().map(|p| p.content_hash.as_str()).collect();
         let trains = entry.info.inputs.data != Need::No;
         let texts = match if trains { held_out } else { data } {
@@ -188,7 +188,7 @@ impl<'a> Runner<'a> {
         let learned = learned.unwrap_or_default();
         let learned_hashes: Vec<String> =
             inputs::training(&learned)?.iter().map(|data| data.sha256()).collect();
-        let identity = identity(json!({
+        let mut identified = json!({
             "refit": env!("CARGO_PKG_VERSION"),
             "apply": method,
             "parameters": parameters,
@@ -196,9 +196,17 @@ impl<'a> Runner<'a> {
             "texts": text_hashes,
             "data": learned_hashes,
             "seed": self.recipe.seed,
-        }));
+        });
+        if base.is_some() {
+            identified["base"] = json!(true);
+        }
+        let identity = identity(identified);
         let out = self.dir.join(name);
-        let command = self.apply_command(name, method, to, with, texts, &learned);
+        let mut models: Vec<String> = to.iter().map(|model| self.spelt(model)).collect();
+        if let Some(base) = base {
+            models.extend(["--base".to_owned(), self.spelt(base)]);
+        }
+        let command = self.apply_command(name, method, &models, with, texts, &learned);
         let finished = self.done::<ArtifactRecord>(name, &identity)?;
         let (seconds, reused, artifact) =
             match finished.filter(|_| Lineage::read(&out).is_ok_and(|l| l.is_some())) {
@@ -208,6 +216,7 @@ impl<'a> Runner<'a> {
                         entry,
                         method: configured,
                         models: to.iter().map(|t| self.places[t].display().to_string()).collect(),
+                        base: base.as_ref().map(|b| self.places[b].display().to_string()),
                         text: texts.iter().map(|t| t.source.clone()).collect(),
                         data: learned,
                         labelled: None,
@@ -226,7 +235,7 @@ impl<'a> Runner<'a> {
                         path: name.to_owned(),
                         method: Some(method.clone()),
                         parameters,
-                        parents: to.clone(),
+                        parents: base.iter().chain(to).cloned().collect(),
                         content_hash: made.content_hash()?,
                         seconds: applied.seconds,
                         report: applied.output.report,
@@ -249,18 +258,20 @@ impl<'a> Runner<'a> {
         &self,
         name: &str,
         method: &str,
-        to: &[String],
+        models: &[String],
         with: &Value,
         texts: &[Text],
         learned: &[String],
     ) -> String {
-        let mut command = format!("refit apply {method}");
-        for model in to {
-            command.push_str(&format!(" {}", self.spelt(model)));
-        }
+        let mut command = format!("refit apply {method} {}", models.join(" "));
+        let defaults = registry::get(method).map(|entry| entry.default().parameters());
         for (key, value) in with.as_object().into_iter().flatten() {
             let flag = key.replace('_', "-");
             match value {
+                // A flag that is on by default takes a value.
+                Value::Bool(set) if defaults.as_ref().is_ok_and(|all| all[key] == true) => {
+                    command.push_str(&format!(" --{flag} {set}"));
+                }
                 Value::Bool(true) => command.push_str(&format!(" --{flag}")),
                 Value::Bool(false) | Value::Null => {}
                 Value::String(text) => command.push_str(&format!(" --{flag} {text}")),

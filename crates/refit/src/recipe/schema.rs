@@ -82,6 +82,8 @@ pub enum Work {
         method: String,
         /// Names of the models it takes.
         to: Vec<String>,
+        /// Name of their base, for methods that take one.
+        base: Option<String>,
         /// Its parameters.
         with: Value,
         /// Name of an entry in `data`: calibration text, or what the model learns.
@@ -155,6 +157,7 @@ struct RawStep {
     group: Option<String>,
     fallback: Option<String>,
     to: Option<OneOrMany>,
+    base: Option<String>,
     with: Option<Value>,
     data: Option<String>,
     held_out: Option<String>,
@@ -183,8 +186,8 @@ impl OneOrMany {
     }
 }
 
-/// Reads and checks a recipe.
-pub fn read(path: &Path) -> Result<(Recipe, String)> {
+/// Reads a recipe's text, whoever wrote it.
+pub fn load(path: &Path) -> Result<String> {
     let meta = std::fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => Failure::usage(format!(
             "{}: no such recipe; the ones that travel with refit lie in recipes/",
@@ -199,9 +202,7 @@ pub fn read(path: &Path) -> Result<(Recipe, String)> {
             meta.len()
         )));
     }
-    let text = crate::inputs::read_text(path)?;
-    let recipe = parse(&text).map_err(|failure| failure.within(path.display()))?;
-    Ok((recipe, text))
+    crate::inputs::read_text(path)
 }
 
 /// Parses a recipe; messages begin with `line N:`.
@@ -309,6 +310,7 @@ fn check_step(
         ("group", raw.group.is_some(), &["apply"]),
         ("fallback", raw.fallback.is_some(), &["pull"]),
         ("to", raw.to.is_some(), &["apply"]),
+        ("base", raw.base.is_some(), &["apply"]),
         ("with", raw.with.is_some(), &["apply"]),
         ("data", raw.data.is_some(), &["apply"]),
         ("held_out", raw.held_out.is_some(), &["apply"]),
@@ -348,7 +350,7 @@ fn check_step(
                 "`to` is missing: name the model, or models, that it is applied to",
             ));
         }
-        to.iter().try_for_each(known_model)?;
+        to.iter().chain(&raw.base).try_for_each(known_model)?;
         raw.data.iter().chain(&raw.held_out).try_for_each(known_data)?;
         let with = raw.with.unwrap_or(Value::Null);
         // Wrong parameters are found before anything is run.
@@ -356,7 +358,8 @@ fn check_step(
         let label = raw.label.unwrap_or_else(|| entry.info.title.to_owned());
         let group = raw.group.unwrap_or_default();
         let (data, held_out) = (raw.data, raw.held_out);
-        (method.clone(), Work::Apply { method, to, with, data, held_out, label, group })
+        let base = raw.base;
+        (method.clone(), Work::Apply { method, to, base, with, data, held_out, label, group })
     } else if let Some(list) = raw.eval {
         let list = list.list();
         list.iter().chain(&raw.reference).try_for_each(known_model)?;

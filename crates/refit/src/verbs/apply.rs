@@ -70,6 +70,12 @@ pub fn method_command(entry: &Entry) -> Command {
                 "Start over instead of going on where an interrupted run stopped",
             ));
     }
+    if spec.base != Need::No {
+        let base = clap::Arg::new("base").long("base").value_name("MODEL");
+        command = command.arg(base.help(
+            "The model that the others were fine-tuned from; its configuration and tokenizer go along",
+        ));
+    }
     if spec.data != Need::No {
         command = command.arg(
             clap::Arg::new("data")
@@ -159,6 +165,7 @@ pub fn run_method(app: &App, entry: &'static Entry, matches: &ArgMatches) -> Res
         entry,
         method: entry.from_matches(matches)?,
         models,
+        base: given("base").into_iter().flatten().next().cloned(),
         text,
         data,
         labelled: matches.try_get_one::<String>("labelled").ok().flatten().cloned(),
@@ -190,6 +197,8 @@ pub struct Request {
     pub method: Box<dyn registry::Configured>,
     /// Source strings of the models.
     pub models: Vec<String>,
+    /// Source string of the base of the models; it may be among them.
+    pub base: Option<String>,
     /// Text files or corpora.
     pub text: Vec<String>,
     /// Files of training data.
@@ -219,7 +228,8 @@ pub struct Applied {
 impl Request {
     fn inputs(&self, app: &App) -> Result<Inputs> {
         let (mut models, mut adapters) = (Vec::new(), Vec::new());
-        for source in &self.models {
+        // The base comes first: its configuration goes along.
+        for source in self.sources() {
             let path = inputs::pull(app, source, false)?.path;
             if Adapter::is_adapter(&path) {
                 adapters.push((source.clone(), Adapter::open(&path)?));
@@ -247,13 +257,20 @@ impl Request {
         let labelled = self.labelled.as_deref();
         let labelled = labelled.map(|source| labelled::open(app, source, part)).transpose()?;
         let data = inputs::training(&self.data)?;
-        Ok(Inputs { models, text, labelled, data, adapters })
+        let base = self.base.as_ref().map(|_| 0);
+        Ok(Inputs { models, base, text, labelled, data, adapters })
+    }
+
+    /// Source strings of all models, the base first.
+    fn sources(&self) -> impl Iterator<Item = &String> {
+        let base = self.base.as_ref();
+        base.into_iter().chain(self.models.iter().filter(move |source| Some(*source) != base))
     }
 
     /// Everything that is checked before work starts.
     fn prepare(&self, app: &App) -> Result<(Inputs, Plan)> {
         let fetch =
-            || self.models.iter().try_for_each(|source| inputs::pull(app, source, false).map(drop));
+            || self.sources().try_for_each(|source| inputs::pull(app, source, false).map(drop));
         if !app.ranks.alone() {
             ranks::in_turns(&app.ranks, fetch)?;
         }
@@ -292,10 +309,11 @@ impl Request {
 
     /// Prints the plan.
     pub fn dry_run(&self, app: &App) -> Result<Outcome> {
-        let fetched = inputs::announce(app, &self.models)?;
+        let sources: Vec<String> = self.sources().cloned().collect();
+        let fetched = inputs::announce(app, &sources)?;
         let (_, mut plan) = self.prepare(app)?;
         plan.notes.extend(fetched);
-        let mut text = format!("{} would be applied to {}\n", plan.method, self.models.join(", "));
+        let mut text = format!("{} would be applied to {}\n", plan.method, sources.join(", "));
         if let Some(out) = &self.out {
             text.push_str(&format!("and written to {}\n", out.display()));
         }
@@ -373,7 +391,8 @@ impl Request {
 }
 
 impl Applied {
-    fn outcome(self) -> Outcome {
+    /// What is printed of it.
+    pub fn outcome(self) -> Outcome {
         let peak = refit_train::measure::peak_memory();
         let mut facts = Vec::new();
         if let Some(path) = &self.output.artifact {

