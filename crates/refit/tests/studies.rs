@@ -231,6 +231,10 @@ fn no_artifact_leaves_without_card_and_lineage() {
         if needs("adapters") {
             models.push("lora"); // Written earlier in this loop.
         }
+        if needs("base") {
+            models = vec!["finequant"]; // So was this.
+            more.extend(["--base", "builtin:tiny"]);
+        }
         if method["inputs"]["min_models"] == 2 {
             models.push("rtn");
         }
