@@ -109,6 +109,9 @@ mod tests {
         assert_eq!(fused[33], b[33]);
         let taken = (0..400).filter(|i| fused[*i] != a[*i]).count();
         assert!(taken > 0 && taken < 200, "{taken}");
-        assert_eq!(merge(&ArceeFusion::default(), &[a.clone()], Some(a.clone()), &[20, 20]), a);
+        assert_eq!(
+            merge(&ArceeFusion::default(), std::slice::from_ref(&a), Some(a.clone()), &[20, 20]),
+            a
+        );
     }
 }

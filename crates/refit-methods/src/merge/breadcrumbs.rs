@@ -153,7 +153,8 @@ mod tests {
         let run = |density: f64, gamma: f64| {
             let (density, gamma) = (vec![density], vec![gamma]);
             let method = Breadcrumbs { density, gamma, ..Breadcrumbs::default() };
-            let merged = merge(&method, &[theta.clone()], Some(vec![0.0; 100]), &[10, 10]);
+            let merged =
+                merge(&method, std::slice::from_ref(&theta), Some(vec![0.0; 100]), &[10, 10]);
             let kept: Vec<usize> = (0..100).filter(|i| merged[*i] != 0.0).map(|i| i + 1).collect();
             (kept.first().copied(), kept.last().copied(), kept.len())
         };

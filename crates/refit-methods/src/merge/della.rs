@@ -219,7 +219,13 @@ mod tests {
         let run = |rescale, seed| {
             let (density, epsilon) = (vec![0.5], vec![0.3]);
             let method = DellaLinear { density, epsilon, rescale, ..DellaLinear::default() };
-            merge_seeded(&method, &[theta.clone()], Some(vec![0.0; 10 * ROWS]), &[ROWS, 10], seed)
+            merge_seeded(
+                &method,
+                std::slice::from_ref(&theta),
+                Some(vec![0.0; 10 * ROWS]),
+                &[ROWS, 10],
+                seed,
+            )
         };
         let plain = run(Rescale::None, 1);
         for column in 0..10 {

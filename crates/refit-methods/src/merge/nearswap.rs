@@ -75,7 +75,12 @@ mod tests {
     fn near_weights_swap_and_no_weight_moves_further_than_t() {
         let (a, b) = (normals(1, 500), normals(2, 500));
         let run = |t| {
-            merge(&Nearswap { t, ..Nearswap::default() }, &[b.clone()], Some(a.clone()), &[500])
+            merge(
+                &Nearswap { t, ..Nearswap::default() },
+                std::slice::from_ref(&b),
+                Some(a.clone()),
+                &[500],
+            )
         };
         assert_eq!(run(0.0), a);
         assert_eq!(run(1e9), b);

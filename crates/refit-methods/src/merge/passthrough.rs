@@ -56,7 +56,7 @@ mod tests {
     #[test]
     fn a_copy_is_exact_and_a_scale_scales() {
         let a = normals(1, 70);
-        assert_eq!(merge(&Passthrough::default(), &[a.clone()], None, &[7, 10]), a);
+        assert_eq!(merge(&Passthrough::default(), std::slice::from_ref(&a), None, &[7, 10]), a);
         let half = Passthrough { scale: vec![0.5], ..Passthrough::default() };
         let expected: Vec<f32> = a.iter().map(|x| 0.5 * x).collect();
         assert_eq!(merge(&half, &[a], None, &[7, 10]), expected);

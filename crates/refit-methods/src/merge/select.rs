@@ -167,7 +167,7 @@ mod tests {
         ) {
             let rank = at.index(values.len());
             let shape = [values.len(), 1];
-            let found = memory(&[values.clone()], None, &shape, |group| {
+            let found = memory(std::slice::from_ref(&values), None, &shape, |group| {
                 let cut = cuts(group, &[vec![rank as u64]], |piece, k| piece.inputs[k].to_vec())?;
                 let cut = cut[0][0].clone();
                 let keep = group.scan(|piece| {

@@ -73,10 +73,10 @@ mod tests {
             let method = TaskArithmetic { weight, ..TaskArithmetic::default() };
             merge(&method, models, Some(base.clone()), &[9, 10])
         };
-        assert_eq!(run(vec![1.0], &[a.clone()]), a);
+        assert_eq!(run(vec![1.0], std::slice::from_ref(&a)), a);
         assert_eq!(run(vec![1.0, -1.0], &[a.clone(), a.clone()]), base);
         // Forgetting is the mirror image of learning.
-        for ((x, b), a) in run(vec![-1.0], &[a.clone()]).iter().zip(&base).zip(&a) {
+        for ((x, b), a) in run(vec![-1.0], std::slice::from_ref(&a)).iter().zip(&base).zip(&a) {
             assert!((x - (2.0 * b - a)).abs() < 1e-6);
         }
         let lambda = TaskArithmetic { lambda: 0.0, ..TaskArithmetic::default() };

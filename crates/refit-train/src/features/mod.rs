@@ -135,7 +135,7 @@ impl FeatureStore {
         &mut self,
         keys: &[Key],
         batches: &[Vec<usize>],
-        compute: &mut dyn FnMut(&[usize]) -> Result<Vec<f32>, E>,
+        compute: &mut Compute<E>,
         progress: &dyn Fn(u64, u64),
     ) -> Result<Vec<f32>, E> {
         let mut all = vec![0.0; keys.len() * self.width];
@@ -244,6 +244,9 @@ impl Drop for FeatureStore {
         self.flush(true);
     }
 }
+
+/// Features of the examples of a batch, row after row.
+pub type Compute<'a, E> = dyn FnMut(&[usize]) -> Result<Vec<f32>, E> + 'a;
 
 /// Removes the sets that were used longest ago until at most `limit` bytes are left, never `but`. Returns the bytes that went.
 pub fn trim(root: &Path, limit: u64, but: Option<&Path>) -> u64 {

@@ -155,7 +155,7 @@ impl Segment {
         mut rows: Vec<(Key, Vec<f32>)>,
     ) -> Result<(Self, Vec<Key>)> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        rows.sort_by(|a, b| a.0.cmp(&b.0));
+        rows.sort_by_key(|row| row.0);
         rows.dedup_by(|a, b| a.0 == b.0);
         let mut bytes = Vec::with_capacity(size(rows.len(), width) as usize);
         bytes.extend(MAGIC);

@@ -70,9 +70,7 @@ pub fn plot(points: &[(f64, f64, f64)], columns: usize, rows: usize) -> Option<P
         for column in from..=x {
             let share = if x == from { 1.0 } else { (column - from) as f64 / (x - from) as f64 };
             let y = down(start + share * (smooth - start));
-            for row in y.min(above)..=y.max(above) {
-                dots[row][column].1 = true;
-            }
+            dots[y.min(above)..=y.max(above)].iter_mut().for_each(|row| row[column].1 = true);
             above = y;
         }
         last = Some((x, *smooth));

@@ -270,7 +270,7 @@ fn short(value: f64) -> String {
 
 /// Seconds as `0:07`, `12:30` or `3:05:00`.
 fn clock(seconds: f64) -> String {
-    let all = seconds.max(0.0).min(359_999.0).round() as u64;
+    let all = seconds.clamp(0.0, 359_999.0).round() as u64;
     let (hours, minutes, seconds) = (all / 3600, all / 60 % 60, all % 60);
     match hours {
         0 => format!("{minutes}:{seconds:02}"),

@@ -284,9 +284,9 @@ pub(super) fn machine(page: &mut String, run: &RunRecord) {
     let machine = &run.machine;
     if machine.cores == 0 {
         // An artifact does not say where it was made.
-        let _ = write!(
+        let _ = writeln!(
             page,
-            "<footer>Written by refit {} from what lies beside the weights.</footer>\n",
+            "<footer>Written by refit {} from what lies beside the weights.</footer>",
             Esc(&run.refit)
         );
         return;
