@@ -4,7 +4,7 @@
     python scripts/interop_classifiers.py --make-data DIR
 
 Each directory loads into the class that its config names, without a missing or unexpected tensor; its logits for every line of the
-text, or for every image, equal those of `refit classify --json` to 1e-4; the config names as many labels as the head has rows.
+text, or for every image, equal those of `refit classify --json` to 1e-4 of the largest; the config names as many labels as the head has rows.
 With --make-data: writes `vocab.txt` for the tiny models of the tests (words `w5` to `w63`), `lesson.jsonl` with texts of three classes,
 `lines.txt`, an image folder `images/` of two classes.
 """
@@ -54,7 +54,9 @@ def refit(binary, *args):
 
 def compare(name, theirs, ours):
     worst = max(abs(a - b) for row, other in zip(theirs, ours, strict=True) for a, b in zip(row, other, strict=True))
-    check(f"{name}: logits equal to 1e-4", worst < 1e-4, f"largest difference {worst:.1e}")
+    # Heads that were fitted to few examples are steep: what f32 leaves grows with the logits.
+    scale = max(1.0, max(abs(a) for row in theirs for a in row))
+    check(f"{name}: logits equal to 1e-4 of the largest", worst < 1e-4 * scale, f"largest difference {worst:.1e}, largest logit {scale:.1f}")
 
 
 def load(auto, directory):

@@ -178,7 +178,11 @@ pub fn main() -> Code {
         }
     };
     let as_json = as_json || global.json;
-    let done = ranks.settle(result).and_then(|outcome| {
+    let settled = ranks.settle(result);
+    if !ranks.alone() {
+        interrupt::agreed(settled.as_ref().map_or_else(|failure| failure.code, |done| done.code));
+    }
+    let done = settled.and_then(|outcome| {
         let printed = if ranks.leads() { output::print(&outcome, as_json) } else { Ok(()) };
         printed.map(|()| outcome.code)
     });
