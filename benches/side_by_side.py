@@ -234,7 +234,7 @@ def lora():
             found, _, memory = refit("apply", "lora", MODELS / "smollm2-f32", "--data", text, "-o", Path(work) / precision, *flags, "--precision", precision, "--json")
             lines = (Path(work) / precision / "training.jsonl").read_text().splitlines()
             # Every token of a row but its first is learned; the peer counts rows whole.
-            rate = found["costs"]["learned_tokens_per_second"] * 256 / 255
+            rate = found["report"]["learned_tokens_per_second"] * 256 / 255
             ratio = line(f"LoRA r=8, {precision}, 4 x 256 tokens, {len(lines)} steps", rate, theirs["tokens_per_second"], "tokens/s", True)
             share = line("  peak memory", memory, theirs["peak_rss_mb"], "MB", False)
             if precision == "f32":

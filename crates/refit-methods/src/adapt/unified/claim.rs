@@ -220,7 +220,7 @@ fn judge(cx: &mut ClaimContext) {
         mean(cx, &at("pa-attn")) - mean(cx, &at("pa-ffn"))
     ));
     cx.likely_reason(
-        "the model has a million parameters and was trained for minutes: what it must learn of a new language is more than a \
-         twentieth of it can hold, and attention matters more to a model this small",
+        "the model has a million parameters and a hundred updates to learn another language in: more than a twentieth of it can \
+         hold",
     );
 }
