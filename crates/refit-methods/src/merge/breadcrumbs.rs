@@ -46,6 +46,17 @@ pub struct Breadcrumbs {
 
 crate::paper_defaults!(Breadcrumbs);
 
+impl Breadcrumbs {
+    /// The kernel of `method`, with an election of signs or without.
+    fn elected(&self, method: &'static str, elect: bool, count: usize) -> Result<Arc<dyn Kernel>> {
+        let weight = &self.weight[..];
+        let (normalize, lambda, rescale) = (self.normalize, self.lambda, self.rescale);
+        let common = Common { method, weight, normalize, lambda, elect, rescale };
+        let band = band(&common, &self.density, &self.gamma, count)?;
+        common.kernel(count, Trim { band })
+    }
+}
+
 impl Merge for Breadcrumbs {
     const ABOUT: About = About {
         name: "breadcrumbs",
@@ -66,11 +77,7 @@ impl Merge for Breadcrumbs {
     }
 
     fn kernel(&self, count: usize) -> Result<Arc<dyn Kernel>> {
-        let (method, weight) = (Self::ABOUT.name, &self.weight[..]);
-        let (normalize, lambda, rescale) = (self.normalize, self.lambda, self.rescale);
-        let common = Common { method, weight, normalize, lambda, elect: false, rescale };
-        let band = band(&common, &self.density, &self.gamma, count)?;
-        common.kernel(count, Trim { band })
+        self.elected(Self::ABOUT.name, false, count)
     }
 }
 
@@ -78,30 +85,10 @@ impl Merge for Breadcrumbs {
 #[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct BreadcrumbsTies {
-    /// Weight of every model's change, or one for all; 1 when left out.
-    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_name = "W,W,...")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub weight: Vec<f64>,
-    /// Share of every model's change that is kept, or one for all; everything when left out.
-    #[arg(long, value_delimiter = ',', value_name = "D,D,...")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub density: Vec<f64>,
-    /// Share of the largest changes that is dropped as outliers; 0.01 when left out.
-    #[arg(long, value_delimiter = ',', value_name = "G,G,...")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub gamma: Vec<f64>,
-    /// Divide by the weights that took part.
-    #[arg(long)]
-    pub normalize: bool,
-    /// Factor of the whole change.
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
-    pub lambda: f64,
-    /// What becomes of the values that are kept.
-    #[arg(long, value_enum, default_value_t)]
-    pub rescale: Rescale,
-    /// Element type of the weights that are written.
-    #[arg(long, value_enum, default_value_t)]
-    pub dtype: OutputType,
+    /// Those of the method without one.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub all: Breadcrumbs,
 }
 
 crate::paper_defaults!(BreadcrumbsTies);
@@ -122,15 +109,11 @@ impl Merge for BreadcrumbsTies {
     };
 
     fn dtype(&self) -> OutputType {
-        self.dtype
+        self.all.dtype
     }
 
     fn kernel(&self, count: usize) -> Result<Arc<dyn Kernel>> {
-        let (method, weight) = (Self::ABOUT.name, &self.weight[..]);
-        let (normalize, lambda, rescale) = (self.normalize, self.lambda, self.rescale);
-        let common = Common { method, weight, normalize, lambda, elect: true, rescale };
-        let band = band(&common, &self.density, &self.gamma, count)?;
-        common.kernel(count, Trim { band })
+        self.all.elected(Self::ABOUT.name, true, count)
     }
 }
 

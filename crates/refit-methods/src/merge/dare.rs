@@ -45,6 +45,17 @@ pub struct DareLinear {
 
 crate::paper_defaults!(DareLinear);
 
+impl DareLinear {
+    /// The kernel of `method`, with an election of signs or without.
+    fn elected(&self, method: &'static str, elect: bool, count: usize) -> Result<Arc<dyn Kernel>> {
+        let weight = &self.weight[..];
+        let (normalize, lambda, rescale) = (self.normalize, self.lambda, self.rescale);
+        let common = Common { method, weight, normalize, lambda, elect, rescale };
+        let density = common.densities(&self.density, count)?;
+        common.kernel(count, Bernoulli { density, unbiased: self.rescale == Rescale::Unbiased })
+    }
+}
+
 impl Merge for DareLinear {
     const ABOUT: About = About {
         name: "dare-linear",
@@ -65,11 +76,7 @@ impl Merge for DareLinear {
     }
 
     fn kernel(&self, count: usize) -> Result<Arc<dyn Kernel>> {
-        let (method, weight) = (Self::ABOUT.name, &self.weight[..]);
-        let (normalize, lambda, rescale) = (self.normalize, self.lambda, self.rescale);
-        let common = Common { method, weight, normalize, lambda, elect: false, rescale };
-        let density = common.densities(&self.density, count)?;
-        common.kernel(count, Bernoulli { density, unbiased: self.rescale == Rescale::Unbiased })
+        self.elected(Self::ABOUT.name, false, count)
     }
 }
 
@@ -77,26 +84,10 @@ impl Merge for DareLinear {
 #[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct DareTies {
-    /// Weight of every model's change, or one for all; 1 when left out.
-    #[arg(long, value_delimiter = ',', allow_negative_numbers = true, value_name = "W,W,...")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub weight: Vec<f64>,
-    /// Share of every model's change that is kept, or one for all; everything when left out.
-    #[arg(long, value_delimiter = ',', value_name = "D,D,...")]
-    #[serde(deserialize_with = "one_or_many")]
-    pub density: Vec<f64>,
-    /// Divide by the weights that took part.
-    #[arg(long)]
-    pub normalize: bool,
-    /// Factor of the whole change.
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
-    pub lambda: f64,
-    /// What becomes of the values that are kept.
-    #[arg(long, value_enum, default_value_t = Rescale::Unbiased)]
-    pub rescale: Rescale,
-    /// Element type of the weights that are written.
-    #[arg(long, value_enum, default_value_t)]
-    pub dtype: OutputType,
+    /// Those of the method without one.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub all: DareLinear,
 }
 
 crate::paper_defaults!(DareTies);
@@ -117,15 +108,11 @@ impl Merge for DareTies {
     };
 
     fn dtype(&self) -> OutputType {
-        self.dtype
+        self.all.dtype
     }
 
     fn kernel(&self, count: usize) -> Result<Arc<dyn Kernel>> {
-        let (method, weight) = (Self::ABOUT.name, &self.weight[..]);
-        let (normalize, lambda, rescale) = (self.normalize, self.lambda, self.rescale);
-        let common = Common { method, weight, normalize, lambda, elect: true, rescale };
-        let density = common.densities(&self.density, count)?;
-        common.kernel(count, Bernoulli { density, unbiased: self.rescale == Rescale::Unbiased })
+        self.all.elected(Self::ABOUT.name, true, count)
     }
 }
 
@@ -213,7 +200,9 @@ mod tests {
 
     #[test]
     fn with_ties_signs_are_elected_among_what_is_left() {
-        let method = DareTies { density: vec![0.5], rescale: Rescale::None, ..DareTies::default() };
+        let all =
+            DareLinear { density: vec![0.5], rescale: Rescale::None, ..DareLinear::default() };
+        let method = DareTies { all };
         let merged =
             merge(&method, &[vec![3.0; 4000], vec![-1.0; 4000]], Some(vec![0.0; 4000]), &[40, 100]);
         assert!(merged.iter().all(|x| [3.0, -1.0, 0.0].contains(x)));
