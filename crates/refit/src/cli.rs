@@ -234,7 +234,11 @@ fn refuse(error: &clap::Error, as_json: bool) -> Code {
 /// What clap has to say, without the usage and the pointer to `--help` that it prints for people.
 fn in_words(error: &clap::Error) -> String {
     use clap::error::ErrorKind;
-    if matches!(error.kind(), ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand) {
+    // The second is said in place of the first where a variable such as REFIT_CACHE counts as an argument.
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand
+    ) {
         return "arguments are missing; `--help` lists them".to_owned();
     }
     let text = error.render().to_string();
