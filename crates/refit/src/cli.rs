@@ -234,12 +234,15 @@ fn refuse(error: &clap::Error, as_json: bool) -> Code {
 /// What clap has to say, without the usage and the pointer to `--help` that it prints for people.
 fn in_words(error: &clap::Error) -> String {
     use clap::error::ErrorKind;
-    // The second is said in place of the first where a variable such as REFIT_CACHE counts as an argument.
-    if matches!(
-        error.kind(),
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand | ErrorKind::MissingSubcommand
-    ) {
-        return "arguments are missing; `--help` lists them".to_owned();
+    match error.kind() {
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            return "arguments are missing; `--help` lists them".to_owned();
+        }
+        // Said in place of the first where a variable such as REFIT_CACHE counts as an argument.
+        ErrorKind::MissingSubcommand => {
+            return "a subcommand is missing; `--help` lists them".to_owned();
+        }
+        _ => {}
     }
     let text = error.render().to_string();
     let said = text.split("\nUsage:").next().unwrap_or(&text);
