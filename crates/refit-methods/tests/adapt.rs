@@ -516,6 +516,86 @@ fn a_merge_that_changes_nothing_is_an_error() {
     assert!(error.contains("no change") || error.contains("survives"), "{error}");
 }
 
+/// The linears of a model as 4-bit codes in groups of 32, or the name of the first that is off the grid.
+fn on_grid(dir: &Path) -> Result<Vec<refit_store::lattice::Codes>, String> {
+    let artifact = Artifact::open(dir).unwrap();
+    let lattice = refit_store::lattice::Lattice { bits: 4, symmetric: true, group: 32 };
+    let find = |name: &str| {
+        let values = artifact.read_f32(name).unwrap();
+        lattice.find(&values, refit_store::DType::F32).map_err(|_| name.to_owned())
+    };
+    artifact.architecture().linears().map(|site| find(&site.name)).collect()
+}
+
+/// A merge into a quantized model stays quantized, says what that cost, and can be exported as its base was.
+#[test]
+fn a_merge_into_a_quantized_model_stays_on_its_grid() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let plain = Inputs { models: tuned(LESSON).models, ..Inputs::default() };
+    let rtn = json!({"bits": 4, "group": 32, "dtype": "f32"});
+    apply("rtn", rtn, &plain, &at("q")).unwrap();
+    let quantized = |base: &str| Inputs {
+        models: vec![ModelInput::open(base, at(base)).unwrap()],
+        ..Inputs::default()
+    };
+    let mut learn = quantized("q");
+    learn.data = tuned(LESSON).data;
+    let targets = json!({"rank": 4, "learning_rate": 2e-2, "steps": 8,
+                         "target_modules": ["q_proj", "down_proj"]});
+    apply("lora", small(targets), &learn, &at("adapter")).unwrap();
+    let with = |base: &str| Inputs {
+        adapters: vec![AdapterInput {
+            source: "adapter".into(),
+            adapter: Arc::new(Adapter::open(at("adapter")).unwrap()),
+        }],
+        ..quantized(base)
+    };
+    let report = apply("merge-adapter", json!({}), &with("q"), &at("merged")).unwrap();
+    let layers = Artifact::open(at("q")).unwrap().architecture().layers();
+    assert_eq!(report["requantized_tensors"], json!(2 * layers), "{report}");
+    let lost = report["update_lost_to_rounding"].as_f64().unwrap();
+    assert!((0.01..1.5).contains(&lost), "{lost}");
+    assert_eq!(report["update_lost_by_tensor"].as_object().unwrap().len(), 2 * layers);
+    on_grid(&at("merged")).unwrap();
+    let record: Value =
+        serde_json::from_slice(&std::fs::read(at("merged/refit.quantization.json")).unwrap()).unwrap();
+    assert_eq!(record["tensors"].as_object().unwrap().len(), on_grid(&at("q")).unwrap().len());
+    assert!(refit_store::Lineage::verify(&at("merged")).unwrap().is_ok());
+    let moved = |out: &str| -> f32 {
+        distance(&logits(&load(&at("q"))), &logits(&load(&at(out))))
+    };
+    assert!(moved("merged") > 1e-3, "the update is there");
+
+    // Floats on request: nothing is lost, and nothing is on a grid.
+    let float = json!({"quantized": "float"});
+    let report = apply("merge-adapter", float, &with("q"), &at("float")).unwrap();
+    assert!(report.get("requantized_tensors").is_none(), "{report}");
+    assert!(report["update_lost_to_rounding"].as_f64().unwrap() < 1e-6);
+    assert!(on_grid(&at("float")).is_err());
+
+    // A packed base gives the same weights, and what comes out can be packed again.
+    for to in ["compressed-tensors", "gptq"] {
+        let parameters = json!({"to": to, "checkpoint_format": "gptq_v2"});
+        let parameters = if to == "gptq" { parameters } else { json!({ "to": to }) };
+        apply("export", parameters.clone(), &quantized("q"), &at("packed")).unwrap();
+        apply("merge-adapter", json!({"dtype": "f32"}), &with("packed"), &at("again")).unwrap();
+        let names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"];
+        for name in names {
+            let read = |dir: &str| Artifact::open(at(dir)).unwrap().read_f32(name).unwrap();
+            assert_eq!(read("merged"), read("again"), "{to} {name}");
+        }
+        let report = apply("export", parameters, &quantized("again"), &at("out")).unwrap();
+        assert_eq!(report["tensors_rounded"], json!(0), "{to}");
+        ["packed", "again", "out"].map(|dir| std::fs::remove_dir_all(at(dir)).unwrap());
+    }
+
+    // Changes below the steps of the grid leave nothing.
+    let faint = json!({"weight": 1e-6});
+    let error = apply("merge-adapter", faint, &with("q"), &at("faint")).unwrap_err();
+    assert!(error.contains("--quantized float") && !at("faint").exists(), "{error}");
+}
+
 /// Values of all tensors of a safetensors file.
 fn values(file: PathBuf) -> Vec<f32> {
     let opened = Artifact::open(file).unwrap();

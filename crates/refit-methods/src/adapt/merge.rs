@@ -1,7 +1,9 @@
 //! Merging adapters into their base: `W' = W + s B A` and its relatives, written as an ordinary model.
 //!
 //! Tensors stream: one is in memory per thread. A merge that changes nothing is an error, and what rounding to the output's
-//! element type swallows of the update is measured and reported.
+//! element type swallows of the update is measured and reported. Where the base is quantized, the merged weights go back on
+//! its grid (same bits, same groups), so that they can be exported in the same format; a grid's steps are coarse beside an
+//! adapter's changes, so what that swallows is reported too, tensor by tensor.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -21,7 +23,22 @@ use crate::method::{
     Context, Effort, Family, Info, InputSpec, Inputs, Method, Need, Output, OutputKind, Paper,
     Plan, Taxonomy, Touches,
 };
+use crate::quantize::export::lattices;
+use crate::quantize::regrid::Grids;
 use crate::rewrite::{self, OutputType, rewrite};
+
+/// What becomes of the merged weights where the base is quantized.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quantized {
+    /// They go back on the grid of the base.
+    #[default]
+    Keep,
+    /// They stay floating-point numbers.
+    Float,
+}
 
 /// Parameters of merging adapters.
 #[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
@@ -33,9 +50,21 @@ pub struct MergeAdapter {
     /// Element type of the weights that are written.
     #[arg(long, value_enum, default_value_t)]
     pub dtype: OutputType,
+    /// Where the base is quantized: put the merged weights back on its grid, or leave them in floating point.
+    #[arg(long, value_enum, default_value_t)]
+    pub quantized: Quantized,
 }
 
 crate::paper_defaults!(MergeAdapter);
+
+impl MergeAdapter {
+    fn grids(&self, model: &ModelInput) -> Result<Grids> {
+        match self.quantized {
+            Quantized::Keep => Grids::of(model),
+            Quantized::Float => Ok(Grids::none()),
+        }
+    }
+}
 
 impl Method for MergeAdapter {
     const INFO: Info = Info {
@@ -70,12 +99,19 @@ impl Method for MergeAdapter {
                 adapter.parts().len()
             ));
         }
+        let on_grids = self.grids(model)?.count(&sites);
+        if on_grids > 0 {
+            plan.steps.push(format!(
+                "put {on_grids} merged matrices back on the grids of the quantized base; --quantized float keeps every bit"
+            ));
+        }
         Ok(plan)
     }
 
     fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
         let model = &inputs.models[0];
         let changes = Changes::of(model, &inputs.adapters)?;
+        let grids = self.grids(model)?;
         let stored: BTreeMap<&str, Option<DType>> = plan
             .tensors
             .iter()
@@ -93,7 +129,10 @@ impl Method for MergeAdapter {
                 let factor = self.weight as f32;
                 weights.iter_mut().zip(&base).for_each(|(w, b)| *w = b + factor * (*w - b));
             }
-            let one = Totals::of(&base, weights, stored[site.name.as_str()]);
+            let merged = weights.to_vec();
+            let source = lattices::rounding(model.artifact.tensor(&site.name)?.dtype);
+            let snapped = grids.snap(site, source, &base, weights);
+            let one = Totals::of(&base, &merged, weights, stored[site.name.as_str()], snapped);
             totals
                 .lock()
                 .expect("invariant: no thread panics while holding it")
@@ -106,24 +145,46 @@ impl Method for MergeAdapter {
             let sum = totals.sum();
             if sum.changed == 0 {
                 let what = "change that survives in the output's element type";
-                let advice = "the adapters are zero, or too small for it: --dtype f32 keeps them";
+                let advice = match sum.snapped {
+                    0 => "the adapters are zero, or too small for it: --dtype f32 keeps them",
+                    _ => {
+                        "the steps of the quantized base are coarser than the adapters' changes: --quantized float keeps them"
+                    }
+                };
                 return Err(nothing(&model.source, what, advice));
             }
-            let lost = (sum.lost / sum.update.max(f64::MIN_POSITIVE)).sqrt();
-            swallowed = (lost > 0.1).then_some(lost);
-            let report = json!({
+            let lost = sum.relative_loss();
+            swallowed = (lost > 0.1).then_some((lost, sum.snapped > 0));
+            let mut report = json!({
                 "changed_tensors": totals.0.len(),
                 "changed_elements": sum.changed,
                 "update_norm": sum.update.sqrt(),
                 "update_lost_to_rounding": lost,
             });
-            Ok((Vec::new(), report))
+            let float: Vec<&str> = totals
+                .0
+                .iter()
+                .filter(|(_, one)| one.snapped == 0)
+                .map(|(name, _)| &**name)
+                .collect();
+            let Some((files, summary)) = grids.finish(model, &float)? else {
+                return Ok((Vec::new(), report));
+            };
+            let by_tensor: BTreeMap<&str, f64> =
+                totals.0.iter().map(|(name, one)| (&**name, one.relative_loss())).collect();
+            report["requantized_tensors"] = json!(sum.snapped);
+            report["update_lost_by_tensor"] = json!(by_tensor);
+            report["quantization"] = summary;
+            Ok((files, report))
         };
         let mut output = rewrite(inputs, plan, cx, &edit, finally)?;
-        if let Some(lost) = swallowed {
+        if let Some((lost, snapped)) = swallowed {
+            let (what, advice) = match snapped {
+                true => ("the grid of the quantized base", "--quantized float"),
+                false => ("the output's element type", "--dtype f32"),
+            };
             output.warnings.push(format!(
-                "rounding to the output's element type moved the weights by {:.0} % of the adapters' update; --dtype f32 \
-                 keeps all of it",
+                "rounding to {what} moved the weights by {:.0} % of the adapters' update; {advice} keeps all of it",
                 100.0 * lost
             ));
         }
@@ -187,21 +248,30 @@ struct One {
     update: f64,
     /// Squared norm of what rounding made of it.
     lost: f64,
+    /// Tensors that went back on a grid.
+    snapped: u64,
+}
+
+impl One {
+    fn relative_loss(&self) -> f64 {
+        (self.lost / self.update.max(f64::MIN_POSITIVE)).sqrt()
+    }
 }
 
 #[derive(Debug, Default)]
 struct Totals(BTreeMap<String, One>);
 
 impl Totals {
-    fn of(base: &[f32], merged: &[f32], stored: Option<DType>) -> One {
+    /// `merged` is what was meant, `kept` what will be rounded to `stored` and written.
+    fn of(base: &[f32], merged: &[f32], kept: &[f32], stored: Option<DType>, snapped: bool) -> One {
         let round = |x: f32| match stored {
             Some(DType::F16) => half::f16::from_f32(x).to_f32(),
             Some(DType::BF16) => half::bf16::from_f32(x).to_f32(),
             _ => x,
         };
-        let mut one = One::default();
-        for (base, merged) in base.iter().zip(merged) {
-            let kept = round(*merged);
+        let mut one = One { snapped: u64::from(snapped), ..One::default() };
+        for ((base, merged), kept) in base.iter().zip(merged).zip(kept) {
+            let kept = round(*kept);
             one.changed += u64::from(kept != round(*base));
             one.update += f64::from(merged - base).powi(2);
             one.lost += f64::from(kept - merged).powi(2);
@@ -219,6 +289,7 @@ impl Totals {
             changed: sum.changed + one.changed,
             update: sum.update + one.update,
             lost: sum.lost + one.lost,
+            snapped: sum.snapped + one.snapped,
         })
     }
 }

@@ -20,6 +20,7 @@ pub mod gptq;
 pub mod grid;
 pub mod options;
 pub mod record;
+pub mod regrid;
 pub mod rtn;
 
 use crate::registry::Entry;

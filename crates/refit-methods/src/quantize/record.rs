@@ -34,6 +34,19 @@ pub struct QuantizedTensor {
     pub relative_error: f64,
 }
 
+/// What refit wrote beside the weights when it quantized them; empty where it did not, or where the file cannot be read.
+/// It is a claim, not a fact: weights may have changed since, so whoever relies on it looks at them.
+pub fn read(model: &ModelInput) -> BTreeMap<String, QuantizedTensor> {
+    #[derive(Deserialize)]
+    struct File {
+        tensors: BTreeMap<String, QuantizedTensor>,
+    }
+    let file = model.artifact.side_files().iter().find(|file| file.name == FILE_NAME);
+    let bytes = file.and_then(|file| file.read().ok());
+    let parsed = bytes.and_then(|bytes| serde_json::from_slice::<File>(&bytes).ok());
+    parsed.map_or_else(BTreeMap::new, |file| file.tensors)
+}
+
 /// Collects what happened to every matrix, from any thread.
 #[derive(Debug, Default)]
 pub struct Record {
@@ -63,8 +76,18 @@ impl Record {
             packed_bytes: grid.packed_bytes(rows, inputs, group),
             relative_error: if norm > 0.0 { error / norm } else { 0.0 },
         };
+        self.put(tensor, before.len() as u64, entry);
+    }
+
+    /// Adds what is known of a matrix of `weights` elements.
+    pub fn put(&self, tensor: &str, weights: u64, entry: QuantizedTensor) {
         let mut tensors = self.tensors.lock().expect("invariant: no thread panics while adding");
-        tensors.insert(tensor.to_owned(), (before.len() as u64, entry));
+        tensors.insert(tensor.to_owned(), (weights, entry));
+    }
+
+    /// Whether a matrix was added.
+    pub fn contains(&self, tensor: &str) -> bool {
+        self.tensors.lock().expect("invariant: no thread panics while adding").contains_key(tensor)
     }
 
     /// What was collected, leaving nothing.

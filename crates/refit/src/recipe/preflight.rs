@@ -18,6 +18,7 @@ use super::schema::{Recipe, Step, Work};
 use crate::cli::App;
 use crate::failure::{Failure, Result};
 use crate::inputs::{self, Opened, Text};
+use crate::labelled;
 use crate::report::number;
 
 /// Everything that was found out.
@@ -53,7 +54,7 @@ pub fn check(app: &App, recipe: &Recipe, texts: &BTreeMap<String, Vec<Text>>) ->
                     found.pulls.insert(step.name.clone(), pulled);
                 })
             }
-            Work::Apply { .. } => apply(step, &models, texts, &recipe.data).map(|planned| {
+            Work::Apply { .. } => apply(app, step, &models, texts, &recipe.data).map(|planned| {
                 let Some((plan, stand_in)) = planned else { return };
                 models.extend(stand_in.map(|artifact| (step.name.as_str(), artifact)));
                 found.plans.insert(step.name.clone(), plan);
@@ -91,15 +92,19 @@ fn pull(app: &App, source: &str, fallback: Option<&str>) -> Result<Found> {
 
 /// The plan of a step whose inputs are known, and the model that has its output's shapes.
 fn apply(
+    app: &App,
     step: &Step,
     models: &BTreeMap<&str, Arc<Artifact>>,
     texts: &BTreeMap<String, Vec<Text>>,
     sources: &BTreeMap<String, Vec<String>>,
 ) -> Result<Option<(Plan, Option<Arc<Artifact>>)>> {
-    let Work::Apply { method, to, base, with, data, held_out, .. } = &step.work else {
+    let Work::Apply { method, to, base, with, data, held_out, labelled, .. } = &step.work else {
         return Ok(None);
     };
     let entry = registry::get(method)?;
+    let family = entry.info.family;
+    let open = |source: &String| labelled::open_for(app, source, family);
+    let labelled = labelled.as_ref().map(open).transpose()?;
     let method = entry.from_value(with)?;
     let trains = entry.info.inputs.data != Need::No;
     // The base comes first, as when the method is applied.
@@ -126,6 +131,7 @@ fn apply(
         base: base.as_ref().map(|_| 0),
         text: text.collect(),
         data: inputs::training(learned)?,
+        labelled,
         ..Inputs::default()
     };
     let plan = method.plan(&inputs)?;

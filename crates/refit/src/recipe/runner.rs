@@ -169,7 +169,8 @@ impl<'a> Runner<'a> {
     }
 
     fn apply(&mut self, name: &str, work: &Work) -> Result {
-        let Work::Apply { method, to, base, with, data, held_out, label, group } = work else {
+        let Work::Apply { method, to, base, with, data, held_out, labelled, label, group } = work
+        else {
             return Ok(());
         };
         let entry = registry::get(method)?;
@@ -200,13 +201,18 @@ impl<'a> Runner<'a> {
         if base.is_some() {
             identified["base"] = json!(true);
         }
+        if let Some(source) = labelled {
+            let examples = crate::labelled::open_for(self.app, source, entry.info.family)?;
+            identified["labelled"] = json!(examples.sha256()?);
+        }
         let identity = identity(identified);
         let out = self.dir.join(name);
         let mut models: Vec<String> = to.iter().map(|model| self.spelt(model)).collect();
         if let Some(base) = base {
             models.extend(["--base".to_owned(), self.spelt(base)]);
         }
-        let command = self.apply_command(name, method, &models, with, texts, &learned);
+        let labels = labelled.as_deref();
+        let command = self.apply_command(name, method, &models, with, texts, &learned, labels);
         let finished = self.done::<ArtifactRecord>(name, &identity)?;
         let (seconds, reused, artifact) =
             match finished.filter(|_| Lineage::read(&out).is_ok_and(|l| l.is_some())) {
@@ -219,7 +225,7 @@ impl<'a> Runner<'a> {
                         base: base.as_ref().map(|b| self.places[b].display().to_string()),
                         text: texts.iter().map(|t| t.source.clone()).collect(),
                         data: learned,
-                        labelled: None,
+                        labelled: labelled.clone(),
                         out: Some(out.clone()),
                         seed: self.recipe.seed,
                         // What lies there was made with other parameters, by this run directory.
@@ -262,6 +268,7 @@ impl<'a> Runner<'a> {
         with: &Value,
         texts: &[Text],
         learned: &[String],
+        labelled: Option<&str>,
     ) -> String {
         let mut command = format!("refit apply {method} {}", models.join(" "));
         let defaults = registry::get(method).map(|entry| entry.default().parameters());
@@ -285,6 +292,9 @@ impl<'a> Runner<'a> {
         }
         if !learned.is_empty() {
             command.push_str(&format!(" --data {}", learned.join(" ")));
+        }
+        if let Some(source) = labelled {
+            command.push_str(&format!(" --labelled {source}"));
         }
         if !texts.is_empty() {
             let names: Vec<&str> = texts.iter().map(|t| t.source.as_str()).collect();

@@ -90,6 +90,8 @@ pub enum Work {
         data: Option<String>,
         /// Name of a text in `data` that a method which trains is measured on.
         held_out: Option<String>,
+        /// Source of labelled examples that it learns from, or is scored by.
+        labelled: Option<String>,
         /// Label in tables.
         label: String,
         /// Arms of one group are drawn together.
@@ -161,6 +163,7 @@ struct RawStep {
     with: Option<Value>,
     data: Option<String>,
     held_out: Option<String>,
+    labelled: Option<String>,
     on: Option<String>,
     reference: Option<String>,
     window: Option<usize>,
@@ -314,6 +317,7 @@ fn check_step(
         ("with", raw.with.is_some(), &["apply"]),
         ("data", raw.data.is_some(), &["apply"]),
         ("held_out", raw.held_out.is_some(), &["apply"]),
+        ("labelled", raw.labelled.is_some(), &["apply"]),
         ("on", raw.on.is_some(), &["eval"]),
         ("reference", raw.reference.is_some(), &["eval"]),
         ("window", raw.window.is_some(), &["eval"]),
@@ -357,9 +361,19 @@ fn check_step(
         entry.from_value(&with)?;
         let label = raw.label.unwrap_or_else(|| entry.info.title.to_owned());
         let group = raw.group.unwrap_or_default();
-        let (data, held_out) = (raw.data, raw.held_out);
-        let base = raw.base;
-        (method.clone(), Work::Apply { method, to, base, with, data, held_out, label, group })
+        let (data, held_out, labelled, base) = (raw.data, raw.held_out, raw.labelled, raw.base);
+        let work = Work::Apply {
+            method: method.clone(),
+            to,
+            base,
+            with,
+            data,
+            held_out,
+            labelled,
+            label,
+            group,
+        };
+        (method, work)
     } else if let Some(list) = raw.eval {
         let list = list.list();
         list.iter().chain(&raw.reference).try_for_each(known_model)?;

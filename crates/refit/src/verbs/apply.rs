@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{ArgAction, ArgMatches, Command};
-use refit_methods::labelled::Part;
 use refit_methods::method::{
     AdapterInput, Context, Family, Inputs, ModelInput, Need, OutputKind, Plan, TextData,
     TrainingEvent, Unit,
@@ -250,12 +249,9 @@ impl Request {
             .into_iter()
             .map(|text| TextData { source: text.source, text: text.text })
             .collect();
-        let part = match self.entry.info.family {
-            Family::Adapt => Part::Train,
-            _ => Part::HeldOut,
-        };
+        let family = self.entry.info.family;
         let labelled = self.labelled.as_deref();
-        let labelled = labelled.map(|source| labelled::open(app, source, part)).transpose()?;
+        let labelled = labelled.map(|source| labelled::open_for(app, source, family)).transpose()?;
         let data = inputs::training(&self.data)?;
         let base = self.base.as_ref().map(|_| 0);
         Ok(Inputs { models, base, text, labelled, data, adapters })

@@ -9,7 +9,7 @@ use refit_store::lattice::Lattice;
 
 use crate::error::Result;
 use crate::inputs::ModelInput;
-use crate::quantize::record::{FILE_NAME, QuantizedTensor};
+use crate::quantize::record::{self, QuantizedTensor};
 
 /// Weights that are looked at at a time, rounded to whole groups.
 const PIECE: usize = 1 << 20;
@@ -29,7 +29,7 @@ pub struct Found {
 /// # Errors
 /// Files that cannot be read.
 pub fn find(model: &ModelInput) -> Result<BTreeMap<String, Found>> {
-    let recorded = recorded(model);
+    let recorded = record::read(model);
     let sites: Vec<&Site> = model.artifact.architecture().linears().collect();
     let found: Vec<Option<(String, Found)>> = sites
         .par_iter()
@@ -44,19 +44,6 @@ pub fn find(model: &ModelInput) -> Result<BTreeMap<String, Found>> {
         })
         .collect::<Result<_>>()?;
     Ok(found.into_iter().flatten().collect())
-}
-
-/// What refit wrote beside the weights when it quantized them. A record that does not fit the weights any more does no
-/// harm: it is not confirmed.
-fn recorded(model: &ModelInput) -> BTreeMap<String, QuantizedTensor> {
-    #[derive(serde::Deserialize)]
-    struct File {
-        tensors: BTreeMap<String, QuantizedTensor>,
-    }
-    let file = model.artifact.side_files().iter().find(|file| file.name == FILE_NAME);
-    let bytes = file.and_then(|file| file.read().ok());
-    let parsed = bytes.and_then(|bytes| serde_json::from_slice::<File>(&bytes).ok());
-    parsed.map_or_else(BTreeMap::new, |file| file.tensors)
 }
 
 /// Grids that a matrix may lie on, most trusted first.

@@ -32,7 +32,7 @@ use crate::method::{
 
 mod blocks;
 mod decide;
-mod lattices;
+pub(crate) mod lattices;
 mod packed;
 mod prove;
 mod write;
