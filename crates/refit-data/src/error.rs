@@ -42,6 +42,9 @@ pub enum Error {
         /// What was expected, and what to do.
         message: String,
     },
+    /// An image that cannot be cut as asked.
+    #[error("{0}")]
+    Tiling(String),
     /// A model file that could not be read.
     #[error(transparent)]
     Store(#[from] refit_store::Error),

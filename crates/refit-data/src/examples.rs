@@ -90,11 +90,24 @@ pub fn from_records(
     records: &Records,
     length: Length,
 ) -> Result<Vec<Example>> {
-    let form = Form::of(records)?;
     if records.is_empty() {
+        Form::of(records)?;
         return Err(Error::file(records.path(), "it has no rows; training needs at least one"));
     }
-    let example = |row: &Record| {
+    each_record(tokenizer, records, length)?.collect()
+}
+
+/// The same row by row, for those who go on after a bad one.
+///
+/// # Errors
+/// No usable columns.
+pub fn each_record<'a>(
+    tokenizer: &'a Tokenizer,
+    records: &'a Records,
+    length: Length,
+) -> Result<impl Iterator<Item = Result<Example>> + 'a> {
+    let form = Form::of(records)?;
+    let example = move |row: &Record| {
         let fail = |message: String| Error::line(records.path(), row.line, message);
         let text = |at: usize| match &row.values[at] {
             Value::String(text) => Ok(text.as_str()),
@@ -152,7 +165,7 @@ pub fn from_records(
         }
         Ok(example)
     };
-    records.rows().iter().map(example).collect()
+    Ok(records.rows().iter().map(example))
 }
 
 /// Consecutive windows of `length.max` tokens of a text; a shorter last one counts when it has at least two.

@@ -23,9 +23,11 @@ use crate::error::{Error, Result};
 use crate::stats::{self, Interval};
 
 mod classify;
+mod examples;
 mod softmax;
 
 pub use classify::{Accuracy, EmbeddingAgreement, Scorer, accuracy, embedding_agreement, score};
+pub use examples::{ExampleScore, Scored, score_examples};
 pub use softmax::{RowScore, kl_divergence, log_sum_exp, score_row};
 
 /// The last layer of a language model: hidden states to logits.

@@ -5,6 +5,7 @@ pub mod folder;
 pub mod idx;
 mod preprocess;
 mod resize;
+pub mod tiling;
 
 pub use folder::ImageFolder;
 pub use preprocess::{ChannelOrder, Preprocess, Resize};

@@ -3,6 +3,7 @@
 mod cnn;
 mod efficientnet;
 mod mlp;
+pub mod tokens;
 mod vit;
 
 use burn::module::Module;

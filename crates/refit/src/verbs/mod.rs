@@ -11,6 +11,7 @@ pub mod embed;
 pub mod eval;
 pub mod explain;
 pub mod export;
+pub mod filter;
 pub mod generate;
 pub mod inspect;
 pub mod lineage;
