@@ -223,4 +223,14 @@ fn greedy_soups_are_no_worse_than_their_best_ingredient() {
         assert!(best >= step["alone"].as_f64().unwrap(), "{recipe}");
     }
     assert!(out.join(WEIGHTS).exists());
+
+    // The best two are the soup of the two that were damaged least.
+    let (best, pair) = (dir.path().join("best"), dir.path().join("pair"));
+    let parameters = json!({"mode": "maximum", "best": 2, "max_tokens": 512});
+    let report = apply("model-soups", parameters, &inputs, &best, 0).unwrap().report;
+    assert_eq!(report["kept"], json!([2, 1]), "{report}");
+    let two = Inputs { models: inputs.models[1..].to_vec(), ..Inputs::default() };
+    apply("model-soups", json!({}), &two, &pair, 0).unwrap();
+    let weights = |path: &Path| std::fs::read(path.join(WEIGHTS)).unwrap();
+    assert!(weights(&best) == weights(&pair));
 }

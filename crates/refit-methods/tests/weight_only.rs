@@ -181,6 +181,7 @@ fn errors_come_before_anything_is_written() {
         ("wanda", json!({}), &["wanda", "calibration text", "--text"][..]),
         ("model-soups", json!({"mode": "greedy"}), &["held-out", "--text"][..]),
         ("model-soups", json!({"mode": "wise-ft"}), &["exactly 2 models"][..]),
+        ("model-soups", json!({"mode": "maximum"}), &["best", "1 to 1", "3"][..]),
     ] {
         let error = plan(method, parameters.clone(), &given).unwrap_err().to_string();
         for word in words {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `uniform` | `(1/K) sum_k theta_k` |
 //! | `greedy` | the mean of a subset: best first, each of the others kept if the soup does not get worse |
+//! | `maximum` | the mean of the `p` that score best alone (POINTS, arXiv:2409.04828, for models tuned on one data set each) |
 //! | `learned` | `sum_k w_k theta_k`, `w = softmax(a)` found on held-out data |
 //! | `learned-by-tensor` | the same with weights of their own for every tensor |
 //! | `wise-ft` | `(1 - alpha) theta_1 + alpha theta_2` |
@@ -30,7 +31,7 @@ use serde_json::{Value, json};
 
 use crate::emit::Emitter;
 use crate::error::{Error, Result};
-use crate::inputs::Inputs;
+use crate::inputs::{Inputs, ModelInput};
 use crate::merge::fold::{Weights, compare, duplicates, fold};
 use crate::method::{
     Claim, Context, Effort, Family, Info, InputSpec, Method, Need, Output, OutputKind, Paper, Plan,
@@ -59,6 +60,8 @@ pub enum Mode {
     Uniform,
     /// The mean of those that do not make the soup worse on held-out data.
     Greedy,
+    /// The mean of those that score best alone on held-out data.
+    Maximum,
     /// Softmax weights fitted to held-out data.
     Learned,
     /// Softmax weights of every tensor by itself, fitted to held-out data.
@@ -77,6 +80,9 @@ pub struct ModelSoups {
     /// Greedy: accept an ingredient only if the soup gets better, not if it stays as good.
     #[arg(long)]
     pub strict: bool,
+    /// Maximum: how many of the best are averaged.
+    #[arg(long, default_value_t = 3)]
+    pub best: usize,
     /// WiSE-FT: share of the second model, 0 to 1.
     #[arg(long, default_value_t = 0.75)]
     pub alpha: f64,
@@ -145,7 +151,11 @@ impl Method for ModelSoups {
             Mode::WiseFt if !(0.0..=1.0).contains(&self.alpha) => {
                 return Err(Error::range(name, "alpha", self.alpha, "a share from 0 to 1"));
             }
-            Mode::Greedy | Mode::Learned | Mode::LearnedByTensor => {
+            Mode::Maximum if !(1..=count).contains(&self.best) => {
+                let expected = format!("1 to {count}, the number of models");
+                return Err(Error::range(name, "best", self.best, expected));
+            }
+            Mode::Greedy | Mode::Maximum | Mode::Learned | Mode::LearnedByTensor => {
                 HeldOut::check(inputs, self.max_tokens)?
             }
             _ => {}
@@ -172,6 +182,7 @@ impl Method for ModelSoups {
         plan.steps.push(match self.mode {
             Mode::Uniform => format!("average {count} models"),
             Mode::Greedy => format!("score {count} models and {} candidate soups", count - 1),
+            Mode::Maximum => format!("score {count} models and average the best {}", self.best),
             Mode::Learned => {
                 format!("{} steps of {} evaluations each", self.steps, 2 * count)
             }
@@ -194,6 +205,7 @@ impl Method for ModelSoups {
                 (Weights::Global(vec![1.0 - alpha, alpha]), json!({}))
             }
             Mode::Greedy => self.greedy(inputs, plan, cx)?,
+            Mode::Maximum => self.maximum(inputs, cx)?,
             Mode::Learned => self.learned(inputs, plan, cx)?,
             Mode::LearnedByTensor => tensors::learn(self, inputs, plan, cx)?,
         };
@@ -235,6 +247,27 @@ impl ModelSoups {
         let recipe = recipe?;
         let report = json!({ "recipe": recipe, "score": held_out.meaning() });
         Ok((Weights::Mean(recipe.kept), report))
+    }
+
+    fn maximum(&self, inputs: &Inputs, cx: &Context) -> Result<(Weights, Value)> {
+        let held_out = HeldOut::new(inputs, self.max_tokens)?;
+        let count = inputs.models.len();
+        cx.progress.begin("tasting", count as u64, Unit::Steps);
+        let score = |model: &ModelInput| {
+            let score = held_out.score(&model.artifact)?.score;
+            cx.progress.advance(1);
+            Ok(score)
+        };
+        let scores: Result<Vec<f64>> = inputs.models.iter().map(score).collect();
+        cx.progress.end();
+        let scores = scores?;
+        let mut order: Vec<usize> = (0..count).collect();
+        // A score that is not a number goes last; equal ones keep their order.
+        let rank = |k: usize| if scores[k].is_nan() { f64::NEG_INFINITY } else { scores[k] };
+        order.sort_by(|&a, &b| rank(b).total_cmp(&rank(a)));
+        order.truncate(self.best);
+        let report = json!({ "scores": scores, "kept": order, "score": held_out.meaning() });
+        Ok((Weights::Mean(order), report))
     }
 
     fn learned(&self, inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<(Weights, Value)> {
