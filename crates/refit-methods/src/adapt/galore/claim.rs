@@ -207,8 +207,14 @@ fn judge(cx: &mut ClaimContext) {
         100.0 * cx.mean("galore 8-bit, per layer", "peak gradient bytes")
             / cx.mean("adam", "peak gradient bytes")
     ));
-    cx.likely_reason(
-        "the basis is kept in f32 and is part of the state; on matrices of 128 a rank of 32 leaves less to save than on the \
-         paper's",
-    );
+    cx.likely_reason(match share <= 0.45 {
+        true => {
+            "on a model and a text this small LoRA on random weights stays below Adam's loss on unseen text too: the gap that the \
+             paper closes does not open"
+        }
+        false => {
+            "the basis is kept in f32 and is part of the state; on matrices of 128 a rank of 32 leaves less to save than on the \
+             paper's"
+        }
+    });
 }
