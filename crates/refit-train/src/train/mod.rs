@@ -15,6 +15,7 @@
 
 pub mod checkpoint;
 pub mod error;
+mod heap;
 pub mod loss;
 mod metrics;
 pub mod optimizer;

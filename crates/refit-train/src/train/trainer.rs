@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint;
 use super::error::{Result, TrainError};
+use super::heap;
 use super::loss::Terms;
 use super::metrics::Metrics;
 use super::optimizer::{Optimizer, OptimizerConfig, State, Update};
@@ -132,6 +133,7 @@ impl<M: Trainable> Trainer<M> {
     /// Settings that cannot work, patterns that match nothing (a scope's, or GaLore's targets), parameters that share a name.
     pub fn new(model: M, recipe: Recipe) -> Result<Self> {
         recipe.check()?;
+        heap::keep();
         let optimizer = recipe.optimizer.build()?;
         let model = update::tracked(model);
         let parameters = model.parameters();
