@@ -6,6 +6,7 @@ pub mod differential;
 pub mod error;
 pub mod eval;
 pub mod features;
+pub mod heap;
 pub mod logistic;
 pub mod measure;
 pub mod observe;

@@ -184,21 +184,30 @@ impl Kernel for Blend {
 }
 
 impl Blend {
-    /// Leaves the sum of the changes that agree in `all[0]`.
+    /// Leaves the sum of the changes that agree in `all[0]`. Block by block, so that sums stay near and every loop is one that
+    /// vectorizes.
     fn elected(&self, all: &mut [Vec<f64>]) {
-        for i in 0..all[0].len() {
-            let sum: f64 = all.iter().map(|d| d[i]).sum();
-            let positive = sum >= 0.0;
-            let (mut agreed, mut weights) = (0.0, 0.0);
-            for (d, weight) in all.iter().zip(&self.weight) {
-                let d = d[i];
-                // What was dropped has no sign and no say.
-                let agrees = if positive { d > 0.0 } else { d < 0.0 };
-                agreed += if agrees { d } else { 0.0 };
-                weights += if agrees { *weight } else { 0.0 };
+        const BLOCK: usize = 256;
+        for start in (0..all[0].len()).step_by(BLOCK) {
+            let range = start..(start + BLOCK).min(all[0].len());
+            let n = range.len();
+            let (mut sums, mut agreed, mut weights) = ([0f64; BLOCK], [0f64; BLOCK], [0f64; BLOCK]);
+            for d in all.iter() {
+                sums[..n].iter_mut().zip(&d[range.clone()]).for_each(|(sum, d)| *sum += d);
             }
-            let divisor = if self.normalize && weights != 0.0 { weights } else { 1.0 };
-            all[0][i] = agreed / divisor;
+            for (d, weight) in all.iter().zip(&self.weight) {
+                let totals = agreed.iter_mut().zip(&mut weights).zip(&sums);
+                for (((agreed, weights), sum), &d) in totals.zip(&d[range.clone()]) {
+                    // What was dropped has no sign and no say; where the sum is nothing, plus wins.
+                    let signed = if *sum >= 0.0 { d } else { -d };
+                    *agreed += if signed > 0.0 { d } else { 0.0 };
+                    *weights += if signed > 0.0 { *weight } else { 0.0 };
+                }
+            }
+            for ((out, agreed), weights) in all[0][range].iter_mut().zip(&agreed).zip(&weights) {
+                let divisor = if self.normalize && *weights != 0.0 { *weights } else { 1.0 };
+                *out = agreed / divisor;
+            }
         }
     }
 }

@@ -278,6 +278,7 @@ impl Program {
     /// # Errors
     /// Files that cannot be read or written, and values that are not finite.
     pub fn run(&self, inputs: &Inputs, plan: &Plan, cx: &Context) -> Result<Output> {
+        refit_train::heap::keep();
         let dropped = |file: &&SideFile| !self.dropped.contains(&file.name);
         let side_files = inputs.models[0].artifact.side_files().iter().filter(dropped).cloned();
         let emitter = Emitter::begin_with(inputs, plan, cx, side_files.collect())?;

@@ -22,6 +22,33 @@ impl Cut {
         f32::from_bits(bits)
     }
 
+    /// Zeroes the changes whose value of piece `index` ranks at the cut or higher, or those below it.
+    pub fn zero(&self, index: usize, keys: &[f32], above: bool, changes: &mut [f64]) {
+        // Those that equal the cut are above it, unless some are skipped; they are seen to afterwards then. A select for every
+        // element vectorizes, a store for some does not.
+        let from = self.value + u32::from(self.skip > 0);
+        match above {
+            true => changes.iter_mut().zip(keys).for_each(|(change, key)| {
+                *change = if order(*key) >= from { 0.0 } else { *change };
+            }),
+            false => changes.iter_mut().zip(keys).for_each(|(change, key)| {
+                *change = if order(*key) < self.value { 0.0 } else { *change };
+            }),
+        }
+        if self.skip == 0 {
+            return;
+        }
+        let mut equal = self.before[index];
+        for (change, key) in changes.iter_mut().zip(keys) {
+            if order(*key) == self.value {
+                if (equal >= self.skip) == above {
+                    *change = 0.0;
+                }
+                equal += 1;
+            }
+        }
+    }
+
     /// Says of every value of piece `index` whether its rank is that of the cut or higher.
     pub fn above(&self, index: usize, keys: &[f32], mut say: impl FnMut(usize, bool)) {
         if self.skip == 0 {
@@ -173,6 +200,12 @@ mod tests {
                 let keep = group.scan(|piece| {
                     let mut keep = Vec::new();
                     cut.above(piece.index, piece.inputs[0], |_, above| keep.push(above));
+                    // Zeroing does to changes what the answers say.
+                    for above in [false, true] {
+                        let mut changes = vec![1.0; keep.len()];
+                        cut.zero(piece.index, piece.inputs[0], above, &mut changes);
+                        assert!(changes.iter().zip(&keep).all(|(c, k)| (*c == 0.0) == (*k == above)));
+                    }
                     keep
                 })?;
                 Ok((cut.value(), keep.concat()))

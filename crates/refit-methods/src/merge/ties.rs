@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::merge::delta::{Common, Mask, Rescale, Sparsify};
 use crate::merge::group::{Group, Piece};
 use crate::merge::kernel::{About, Kernel, Merge, one_or_many};
-use crate::merge::select::{Cut, cuts};
+use crate::merge::select::cuts;
 use crate::method::{Need, Paper};
 use crate::rewrite::OutputType;
 
@@ -133,22 +133,13 @@ impl Sparsify for Trim {
             let mut cuts = found[k].iter();
             let keys = if found[k].is_empty() { Vec::new() } else { magnitudes(piece, k) };
             if let Some(cut) = cuts.next().filter(|_| inner(&low)) {
-                drop_if(cut, piece, &keys, delta, false);
+                cut.zero(piece.index, &keys, false, delta);
             }
             if let Some(cut) = found[k].last().filter(|_| inner(&high)) {
-                drop_if(cut, piece, &keys, delta, true);
+                cut.zero(piece.index, &keys, true, delta);
             }
         }))
     }
-}
-
-/// Zeroes the changes whose place relative to the cut is `above`.
-fn drop_if(cut: &Cut, piece: &Piece, keys: &[f32], delta: &mut [f64], above: bool) {
-    cut.above(piece.index, keys, |i, is_above| {
-        if is_above == above {
-            delta[i] = 0.0;
-        }
-    });
 }
 
 #[cfg(test)]

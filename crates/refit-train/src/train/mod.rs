@@ -15,7 +15,6 @@
 
 pub mod checkpoint;
 pub mod error;
-mod heap;
 pub mod loss;
 mod metrics;
 pub mod optimizer;

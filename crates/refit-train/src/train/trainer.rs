@@ -15,7 +15,6 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint;
 use super::error::{Result, TrainError};
-use super::heap;
 use super::loss::Terms;
 use super::metrics::Metrics;
 use super::optimizer::{Optimizer, OptimizerConfig, State, Update};
@@ -24,7 +23,7 @@ use super::ranks::{Ranks, Share};
 use super::recipe::{PATIENCE, Recipe};
 use super::scope::{self, Group};
 use super::update;
-use crate::BoxError;
+use crate::{BoxError, heap};
 
 /// Which micro-batch a loss is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
