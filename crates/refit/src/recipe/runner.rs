@@ -211,8 +211,12 @@ impl<'a> Runner<'a> {
         if let Some(base) = base {
             models.extend(["--base".to_owned(), self.spelt(base)]);
         }
-        let labels = labelled.as_deref();
-        let command = self.apply_command(name, method, &models, with, texts, &learned, labels);
+        let mut examples = Vec::new();
+        if !learned.is_empty() {
+            examples.push(format!("--data {}", learned.join(" ")));
+        }
+        examples.extend(labelled.iter().map(|source| format!("--labelled {source}")));
+        let command = self.apply_command(name, method, &models, with, texts, &examples);
         let finished = self.done::<ArtifactRecord>(name, &identity)?;
         let (seconds, reused, artifact) =
             match finished.filter(|_| Lineage::read(&out).is_ok_and(|l| l.is_some())) {
@@ -267,8 +271,7 @@ impl<'a> Runner<'a> {
         models: &[String],
         with: &Value,
         texts: &[Text],
-        learned: &[String],
-        labelled: Option<&str>,
+        examples: &[String],
     ) -> String {
         let mut command = format!("refit apply {method} {}", models.join(" "));
         let defaults = registry::get(method).map(|entry| entry.default().parameters());
@@ -290,11 +293,8 @@ impl<'a> Runner<'a> {
                 other => command.push_str(&format!(" --{flag} {other}")),
             }
         }
-        if !learned.is_empty() {
-            command.push_str(&format!(" --data {}", learned.join(" ")));
-        }
-        if let Some(source) = labelled {
-            command.push_str(&format!(" --labelled {source}"));
+        for words in examples {
+            command.push_str(&format!(" {words}"));
         }
         if !texts.is_empty() {
             let names: Vec<&str> = texts.iter().map(|t| t.source.as_str()).collect();

@@ -60,7 +60,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     let context = model.artifact.architecture().dims.context.unwrap_or(usize::MAX);
     let length = Length { max: args.max_length.min(context), truncate: true };
     let tokenizer = engine::tokenizer(&model.artifact)?;
-    let tables = args.data.iter().map(|file| table(file)).collect::<Result<Vec<_>>>()?;
+    let tables = args.data.iter().map(table).collect::<Result<Vec<_>>>()?;
     let (rows, unscored) = rows(&tokenizer, &tables, length)?;
     let total = rows.len() + unscored;
     let keep = (args.keep * rows.len() as f64).floor() as usize;
