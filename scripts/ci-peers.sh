@@ -82,9 +82,11 @@ done
 for type in Q4_K Q8_0 BF16; do
   "$refit" export "$tiny" --type "$type" -o "$work/$type.gguf.d"
 done
-if ! have gguf || ! have compressed_tensors; then
+formats=gguf
+if have torch; then formats='gguf|compressed-tensors'; fi # the latter brings PyTorch along
+if ! have gguf || { have torch && ! have compressed_tensors; }; then
   # shellcheck disable=SC2046
-  timeout 120 "$venv/bin/pip" install --quiet $(wanted 'gguf|compressed-tensors') || missing "gguf and compressed-tensors could not be installed"
+  timeout 120 "$venv/bin/pip" install --quiet $(wanted "$formats") || missing "$formats could not be installed"
 fi
 if have gguf; then
   "$venv/bin/python" scripts/interop_exports.py "$refit" "$work"/*.gguf.d "$work"/*.ct "$work"/*.gptq
