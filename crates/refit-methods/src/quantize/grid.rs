@@ -144,6 +144,13 @@ impl Grid {
         }
     }
 
+    /// A step as it is stored: the scale in half precision, the zero point a code.
+    pub fn stored(&self, scale: f32, zero: f32) -> Step {
+        let (low, high) = self.range();
+        let zero = if self.symmetric { 0.0 } else { round(zero).clamp(low, high) };
+        Step { scale: stored_scale(scale), zero }
+    }
+
     /// The nearest grid value to `weight`.
     #[inline]
     pub fn snap(&self, weight: f32, step: Step) -> f32 {

@@ -18,6 +18,7 @@ pub mod export;
 pub mod finequant;
 pub mod gptq;
 pub mod grid;
+pub mod hqq;
 pub mod options;
 pub mod record;
 pub mod regrid;
@@ -28,6 +29,7 @@ use crate::registry::Entry;
 /// The methods of this family.
 pub const METHODS: &[Entry] = &[
     Entry::of::<rtn::Rtn>(),
+    Entry::of::<hqq::Hqq>(),
     Entry::of::<finequant::FineQuant>(),
     Entry::of::<gptq::Gptq>(),
     Entry::of::<export::Export>(),
