@@ -559,12 +559,11 @@ fn a_merge_into_a_quantized_model_stays_on_its_grid() {
     assert_eq!(report["update_lost_by_tensor"].as_object().unwrap().len(), 2 * layers);
     on_grid(&at("merged")).unwrap();
     let record: Value =
-        serde_json::from_slice(&std::fs::read(at("merged/refit.quantization.json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(at("merged/refit.quantization.json")).unwrap())
+            .unwrap();
     assert_eq!(record["tensors"].as_object().unwrap().len(), on_grid(&at("q")).unwrap().len());
     assert!(refit_store::Lineage::verify(&at("merged")).unwrap().is_ok());
-    let moved = |out: &str| -> f32 {
-        distance(&logits(&load(&at("q"))), &logits(&load(&at(out))))
-    };
+    let moved = |out: &str| -> f32 { distance(&logits(&load(&at("q"))), &logits(&load(&at(out)))) };
     assert!(moved("merged") > 1e-3, "the update is there");
 
     // Floats on request: nothing is lost, and nothing is on a grid.
@@ -580,7 +579,8 @@ fn a_merge_into_a_quantized_model_stays_on_its_grid() {
         let parameters = if to == "gptq" { parameters } else { json!({ "to": to }) };
         apply("export", parameters.clone(), &quantized("q"), &at("packed")).unwrap();
         apply("merge-adapter", json!({"dtype": "f32"}), &with("packed"), &at("again")).unwrap();
-        let names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"];
+        let names =
+            ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"];
         for name in names {
             let read = |dir: &str| Artifact::open(at(dir)).unwrap().read_f32(name).unwrap();
             assert_eq!(read("merged"), read("again"), "{to} {name}");

@@ -251,7 +251,8 @@ impl Request {
             .collect();
         let family = self.entry.info.family;
         let labelled = self.labelled.as_deref();
-        let labelled = labelled.map(|source| labelled::open_for(app, source, family)).transpose()?;
+        let labelled =
+            labelled.map(|source| labelled::open_for(app, source, family)).transpose()?;
         let data = inputs::training(&self.data)?;
         let base = self.base.as_ref().map(|_| 0);
         Ok(Inputs { models, base, text, labelled, data, adapters })
