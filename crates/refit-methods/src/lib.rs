@@ -4,6 +4,7 @@
 //! [`method`] is the seam that every method implements, [`registry`] the list of them all.
 
 pub mod adapt;
+pub mod blockwise;
 pub mod calibrated;
 pub mod emit;
 pub mod error;

@@ -221,6 +221,17 @@ impl Rounder {
     }
 }
 
+impl Tap for Rounder {
+    fn visit(&mut self, name: &str, value: Tensor<3>) -> Tensor<3> {
+        (&*self).visit(name, value)
+    }
+
+    fn attention(&self) -> bool {
+        self.roundings.keys().any(|name| name.contains(".attn."))
+    }
+}
+
+/// For runs of several models, or threads, through the same roundings.
 impl Tap for &Rounder {
     fn visit(&mut self, name: &str, value: Tensor<3>) -> Tensor<3> {
         match self.roundings.get(name) {
@@ -230,7 +241,7 @@ impl Tap for &Rounder {
     }
 
     fn attention(&self) -> bool {
-        self.roundings.keys().any(|name| name.contains(".attn."))
+        (**self).attention()
     }
 }
 

@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::storage::{Entry, View};
 
 pub use bits::{code_at, pack_stream, words_of};
+pub use open::group_of;
 pub(crate) use open::{Opened, open};
 
 /// How the codes of a linear are laid out.

@@ -225,8 +225,8 @@ fn compressed(
     Ok(Packed { scheme, bits, group, shape, codes, scales, zeros, order })
 }
 
-/// The `weights` settings of the group whose targets name the linear: by name, by pattern, or by class.
-fn settings_of<'a>(stem: &str, settings: &'a Json) -> Result<&'a Json, Fail> {
+/// The group of compressed-tensors' `quantization_config` whose targets name the linear `stem`: by name, by pattern, or by class.
+pub fn group_of<'a>(stem: &str, settings: &'a Json) -> Option<&'a Json> {
     let groups = settings["config_groups"].as_object();
     let groups: Vec<&Json> = groups.into_iter().flatten().map(|(_, group)| group).collect();
     let targets = |group: &'a Json| {
@@ -240,7 +240,12 @@ fn settings_of<'a>(stem: &str, settings: &'a Json) -> Result<&'a Json, Fail> {
     };
     let by_name = groups.iter().find(|group| targets(group).any(named));
     let by_class = || groups.iter().find(|group| targets(group).any(|target| target == "Linear"));
-    let found = by_name.or_else(by_class).map(|group| &group["weights"]);
+    by_name.or_else(by_class).copied()
+}
+
+/// The `weights` settings of the group that names the linear.
+fn settings_of<'a>(stem: &str, settings: &'a Json) -> Result<&'a Json, Fail> {
+    let found = group_of(stem, settings).map(|group| &group["weights"]);
     found.filter(|weights| weights.is_object()).ok_or_else(|| {
         Fail::Rule("it is packed, but no group of `quantization_config` names it".to_owned())
     })
