@@ -85,7 +85,7 @@ pub struct Stored<'a> {
 }
 
 impl<'a> Stored<'a> {
-    fn new(model: &'a ModelInput, plan: &'a Plan) -> Result<Self> {
+    pub(crate) fn new(model: &'a ModelInput, plan: &'a Plan) -> Result<Self> {
         Ok(Self { model, config: TransformerConfig::read(model.artifact.config())?, plan })
     }
 

@@ -351,3 +351,164 @@ pub fn mark(plan: &mut Plan, model: &ModelInput, folds: &[Fold]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::{Tensor, TensorData};
+    use refit_nn::load::Loader;
+    use refit_nn::vision::VisionTransformer;
+    use refit_nn::{BurnDevice, Frame, Run};
+    use refit_store::architecture::Kind;
+
+    use super::*;
+    use crate::rewrite::{OutputType, declare};
+    use crate::testing::Stream;
+
+    fn fixture(name: &str) -> ModelInput {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../refit-nn/tests/fixtures/hf");
+        ModelInput::open(name, root.join(name)).unwrap()
+    }
+
+    /// First and last block, and what a pass over five tokens shares.
+    fn blocks_of(model: &ModelInput) -> (Vec<(usize, Block)>, refit_nn::block::Context) {
+        let device = BurnDevice::flex();
+        if model.artifact.architecture().kind == Kind::Vision {
+            let vit = VisionTransformer::load_trunk(&model.artifact, &device).unwrap();
+            return (vit.blocks.into_iter().enumerate().collect(), VisionTransformer::context());
+        }
+        let loader = Loader::new(&model.artifact, &device).unwrap();
+        let context = Frame::load_trunk(&loader).unwrap().context(0, 5);
+        let blocks = (0..loader.config().layers).map(|i| (i, loader.block(i).unwrap()));
+        (blocks.collect(), context)
+    }
+
+    /// Scales from 0.01 to 10.
+    fn scales(stream: &mut Stream, count: usize) -> Vec<f32> {
+        (0..count).map(|_| 10f64.powf(3.0 * stream.uniform() - 2.0) as f32).collect()
+    }
+
+    #[test]
+    fn no_fold_changes_what_a_block_computes() {
+        for name in [
+            "llama",
+            "llama-bias",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma2",
+            "phi3",
+            "gpt2",
+            "gpt-neox",
+            "opt",
+            "vit",
+        ] {
+            let model = fixture(name);
+            let plan = declare(Plan::default(), &model, &[], OutputType::F32);
+            let stored = Stored::new(&model, &plan).unwrap();
+            let mut folds = of_norms(&model).unwrap();
+            assert!(!folds.is_empty(), "{name}");
+            let from_norms = folds.len();
+            folds.extend(of_linears(&model).unwrap().into_iter().flatten());
+            assert!(folds.len() > from_norms, "{name}: values always feed the output projection");
+            let (blocks, context) = blocks_of(&model);
+            let hidden = stored.config.hidden;
+            let mut stream = Stream::new(7);
+            for (index, block) in blocks {
+                let x = TensorData::new(stream.normals(5 * hidden), [1, 5, hidden]);
+                let x = Tensor::<3>::from_data(x, &BurnDevice::flex());
+                let before =
+                    ops::to_vec(&block.forward(x.clone(), &context, index, &mut Run::plain()));
+                let mut changed = block.clone();
+                let mut count = 0;
+                for fold in &folds {
+                    let held = block.linears().iter().any(|l| l.site == fold.consumers[0]);
+                    if !held {
+                        continue;
+                    }
+                    let inputs = block
+                        .linears()
+                        .into_iter()
+                        .find(|l| l.site == fold.consumers[0])
+                        .map_or(0, |l| l.weight().dims()[1]);
+                    let factors = fold.tie(&scales(&mut stream, inputs));
+                    let shifts = matches!(fold.producer, Producer::Norm { shifts: true, .. });
+                    let shift = stream.normals(inputs);
+                    let shift = shifts.then_some(shift.as_slice());
+                    fold.apply(&mut changed, &factors, shift, &stored).unwrap();
+                    count += 1;
+                }
+                assert!(count >= 3, "{name}: {count} folds in a block");
+                let after = ops::to_vec(&changed.forward(x, &context, index, &mut Run::plain()));
+                let size = before.iter().fold(1f32, |most, x| most.max(x.abs()));
+                for (a, b) in before.iter().zip(&after) {
+                    assert!((a - b).abs() <= 1e-4 * size, "{name}, block {index}: {a} became {b}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn norms_after_the_residual_sum_are_refused() {
+        for name in ["bert", "roberta", "distilbert"] {
+            let error = of_norms(&fixture(name)).unwrap_err();
+            assert!(matches!(error, Error::CannotFold { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("residual") && text.contains("gptq"), "{text}");
+        }
+        // A router reads the norm in front of the experts; the family has no forward pass either.
+        assert!(of_norms(&fixture("mixtral")).is_err());
+    }
+
+    #[test]
+    fn shifts_need_biases_on_both_sides() {
+        let shifts = |name: &str| -> Vec<bool> {
+            let folds = of_norms(&fixture(name)).unwrap();
+            let of = |fold: Fold| matches!(fold.producer, Producer::Norm { shifts: true, .. });
+            folds.into_iter().map(of).collect()
+        };
+        assert!(shifts("llama-bias").iter().all(|shifts| !shifts));
+        assert!(shifts("gpt2").iter().all(|shifts| *shifts));
+        assert!(shifts("vit").iter().all(|shifts| *shifts));
+    }
+
+    #[test]
+    fn query_heads_share_the_scale_of_their_value_head() {
+        let model = fixture("llama");
+        let config = TransformerConfig::read(model.artifact.config()).unwrap();
+        let fold = of_linears(&model).unwrap().swap_remove(0).unwrap();
+        let Producer::Rows { rows, .. } = &fold.producer else { panic!("{fold:?}") };
+        let group = config.heads / config.kv_heads;
+        assert!(group > 1, "the fixture groups its queries");
+        let values: Vec<f32> = (0..rows.len()).map(|i| i as f32).collect();
+        let tied = fold.tie(&values);
+        let dim = config.head_dim;
+        for channel in 0..dim {
+            let mean: f32 =
+                (0..group).map(|head| values[head * dim + channel]).sum::<f32>() / group as f32;
+            for head in 0..group {
+                assert!((tied[head * dim + channel] - mean).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn a_norm_in_few_bits_moves_what_it_can_say() {
+        let model = fixture("llama");
+        let plan = declare(Plan::default(), &model, &[], OutputType::Bf16);
+        let stored = Stored::new(&model, &plan).unwrap();
+        let fold = of_norms(&model).unwrap().swap_remove(0);
+        let (mut blocks, _) = blocks_of(&model);
+        let block = &mut blocks[0].1;
+        let old = ops::to_vec(&block.mixer_norm.weight.val());
+        let wanted = scales(&mut Stream::new(3), old.len());
+        let moved = fold.apply(block, &wanted, None, &stored).unwrap();
+        let new = ops::to_vec(&block.mixer_norm.weight.val());
+        for ((old, new), (moved, wanted)) in old.iter().zip(&new).zip(moved.iter().zip(&wanted)) {
+            assert_eq!(half::bf16::from_f32(*new).to_f32(), *new);
+            assert!((new * moved - old).abs() <= 1e-6 * old.abs(), "{new} {moved} {old}");
+            assert!((moved / wanted - 1.0).abs() < 0.01);
+        }
+    }
+}
