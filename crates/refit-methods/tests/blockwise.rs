@@ -83,9 +83,12 @@ fn what_is_said_of_activations_survives_an_export() {
     let dir = tempfile::tempdir().unwrap();
     let (source, packed) = (dir.path().join("s"), dir.path().join("p"));
     apply("smoothquant", small(json!({})), &given(), &source, 0).unwrap();
-    let parameters = json!({"to": "compressed-tensors", "activations": "int8"});
+    // Stated is enough; it need not be asked for.
+    let parameters = json!({"to": "compressed-tensors"});
     apply("export", parameters, &inputs(&[&source]), &packed, 0).unwrap();
     assert_eq!(stated(&source), stated(&packed));
+    let note = plan("export", json!({"to": "gptq"}), &inputs(&[&source])).unwrap().notes;
+    assert!(note.iter().any(|note| note.contains("only --to compressed-tensors")), "{note:?}");
     let (a, b) = (nll(&source, &stated(&source)), nll(&packed, &stated(&packed)));
     assert!((a - b).abs() < 1e-6, "{a} {b}");
     let weights_alone = dir.path().join("w");
@@ -94,6 +97,27 @@ fn what_is_said_of_activations_survives_an_export() {
     apply("rtn", json!({"bits": 8, "dtype": "f32"}), &given(), &rtn, 0).unwrap();
     apply("export", parameters, &inputs(&[&rtn]), &weights_alone, 0).unwrap();
     assert!(stated(&weights_alone).is_empty());
+}
+
+#[test]
+fn fixed_scales_are_exported_and_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, packed) = (dir.path().join("s"), dir.path().join("p"));
+    let parameters = small(json!({"w_bits": 8, "a_bits": 8, "rounded": "linears"}));
+    apply("repquant", parameters, &given(), &source, 0).unwrap();
+    let to = json!({"to": "compressed-tensors"});
+    let output = apply("export", to.clone(), &inputs(&[&source]), &packed, 0).unwrap();
+    assert_eq!(output.report["proved"], json!(true));
+    assert_eq!(stated(&source), stated(&packed));
+    let artifact = Artifact::open(&packed).unwrap();
+    assert_eq!(artifact.load_report().strays(), None);
+    let group = &artifact.config().raw()["quantization_config"]["config_groups"]["group_0"];
+    assert_eq!(group["input_activations"]["dynamic"], json!(false));
+    // 4-bit activations have no word, and the plan says so.
+    let four = dir.path().join("four");
+    apply("repquant", small(json!({"w_bits": 8, "rounded": "norms"})), &given(), &four, 0).unwrap();
+    let notes = plan("export", to, &inputs(&[&four])).unwrap().notes;
+    assert!(notes.iter().any(|note| note.contains("no word")), "{notes:?}");
 }
 
 #[test]

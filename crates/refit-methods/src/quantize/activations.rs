@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use refit_nn::rounding::{Rounder, Rounding};
 use refit_store::Artifact;
+use refit_store::architecture::Site;
 use refit_store::formats::packed::group_of;
 use serde::Deserialize;
 use serde_json::Value;
@@ -100,7 +101,7 @@ fn compressed(artifact: &Artifact, settings: &Value) -> Result<Rounder, String> 
         let rounding = match (says("type"), says("strategy"), dynamic) {
             ("int" | "", "token", true) if symmetric => Rounding::Token { bits: bits as u8 },
             ("int" | "", "tensor", false) if (2..=8).contains(&bits) => {
-                fixed_of(artifact, module, bits as u8, symmetric)?
+                fixed_of(artifact, site, bits as u8)?
             }
             (kind, strategy, _) => {
                 return Err(format!(
@@ -114,21 +115,13 @@ fn compressed(artifact: &Artifact, settings: &Value) -> Result<Rounder, String> 
     Ok(rounder)
 }
 
-/// `input_scale` and `input_zero_point` of a module; codes there are signed.
-fn fixed_of(
-    artifact: &Artifact,
-    module: &str,
-    bits: u8,
-    symmetric: bool,
-) -> Result<Rounding, String> {
-    let read = |part: &str| -> Result<f32, String> {
-        let name = format!("{module}.{part}");
-        let values = artifact.read_f32(&name).map_err(|error| error.to_string())?;
-        values.first().copied().ok_or_else(|| format!("`{name}` is empty"))
-    };
-    let zero = if symmetric { 0.0 } else { read("input_zero_point")? };
-    let middle = f32::from(1u16 << (bits - 1));
-    Ok(Rounding::Tensor { bits, scale: read("input_scale")?, zero: zero + middle })
+/// `input_scale` and `input_zero_point` of a linear; codes there are signed.
+fn fixed_of(artifact: &Artifact, site: &Site, bits: u8) -> Result<Rounding, String> {
+    let found = artifact.stored_input(&site.name).map_err(|error| error.to_string())?;
+    let (scale, zero) = found.ok_or_else(|| {
+        format!("`{}` has no input_scale; download the model again", site.module())
+    })?;
+    Ok(Rounding::Tensor { bits, scale, zero: zero + f32::from(1u16 << (bits - 1)) })
 }
 
 #[cfg(test)]
