@@ -558,10 +558,12 @@ fn a_merge_into_a_quantized_model_stays_on_its_grid() {
     assert!((0.01..1.5).contains(&lost), "{lost}");
     assert_eq!(report["update_lost_by_tensor"].as_object().unwrap().len(), 2 * layers);
     on_grid(&at("merged")).unwrap();
-    let record: Value =
-        serde_json::from_slice(&std::fs::read(at("merged/refit.quantization.json")).unwrap())
-            .unwrap();
-    assert_eq!(record["tensors"].as_object().unwrap().len(), on_grid(&at("q")).unwrap().len());
+    let record = |dir: &str| {
+        let file = std::fs::read(at(dir).join("refit.quantization.json")).unwrap();
+        let record: Value = serde_json::from_slice(&file).unwrap();
+        record["tensors"].as_object().unwrap().clone()
+    };
+    assert_eq!(record("merged").len(), on_grid(&at("q")).unwrap().len());
     assert!(refit_store::Lineage::verify(&at("merged")).unwrap().is_ok());
     let moved = |out: &str| -> f32 { distance(&logits(&load(&at("q"))), &logits(&load(&at(out)))) };
     assert!(moved("merged") > 1e-3, "the update is there");
@@ -572,6 +574,8 @@ fn a_merge_into_a_quantized_model_stays_on_its_grid() {
     assert!(report.get("requantized_tensors").is_none(), "{report}");
     assert!(report["update_lost_to_rounding"].as_f64().unwrap() < 1e-6);
     assert!(on_grid(&at("float")).is_err());
+    // Nor does its record say so of what changed.
+    assert_eq!(record("float").len(), record("q").len() - 2 * layers);
 
     // A packed base gives the same weights, and what comes out can be packed again.
     for to in ["compressed-tensors", "gptq"] {

@@ -45,6 +45,7 @@ fn the_same_codes_decode_to_the_same_weights_in_every_format() {
         ("rtn", json!({"bits": 2, "group": 48})),
         ("rtn", json!({"bits": 4, "group": 32, "scale_rule": "best"})),
         ("finequant", json!({"bits": 4, "target_bpw": 4.3})),
+        ("hqq", json!({"bits": 4, "group": 32})),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let source = quantized(dir.path(), DType::F32, method, parameters.clone());

@@ -172,6 +172,10 @@ fn errors_come_before_anything_is_written() {
         ("rtn", json!({"bits": 1}), &["bits", "2 to 8"][..]),
         ("rtn", json!({"group": 64}), &["_proj", "in = 96", "group = 64", "32, 48"][..]),
         ("rtn", json!({"scheme": "log2", "asymmetric": true}), &["zero point", "--scheme"][..]),
+        ("hqq", json!({"bits": 9}), &["bits", "2 to 8"][..]),
+        ("hqq", json!({"group": 64}), &["_proj", "in = 96", "32, 48"][..]),
+        ("hqq", json!({"group": 32, "lp_norm": 0.0}), &["lp_norm", "above 0"][..]),
+        ("hqq", json!({"group": 32, "beta": -1.0}), &["beta", "positive"][..]),
         ("finequant", json!({"g_min": 64}), &["96", "64", "48"][..]),
         ("finequant", json!({"g_min": 32, "g_max": 16}), &["g_max", "32"][..]),
         ("magnitude", json!({"sparsity": 1.0}), &["sparsity", "not including 1"][..]),
@@ -198,9 +202,11 @@ fn a_value_that_is_not_finite_is_found_and_named() {
             values[17] = f32::NAN;
         }
     });
-    for method in ["rtn", "finequant", "magnitude"] {
+    for method in ["rtn", "hqq", "finequant", "magnitude"] {
         let out = dir.path().join(method);
-        let error = apply(method, json!({}), &inputs(&[&source]), &out, 0).unwrap_err().to_string();
+        let parameters = if method == "hqq" { json!({"group": "row"}) } else { json!({}) };
+        let error =
+            apply(method, parameters, &inputs(&[&source]), &out, 0).unwrap_err().to_string();
         assert!(error.contains(DOWN) && error.contains("index 17"), "{method}: {error}");
         assert!(!out.exists());
     }

@@ -243,6 +243,7 @@ fn json_has_the_keys_that_the_book_promises() {
     place.picture("picture.png");
     place.picture("pictures/LABEL_0/1.png");
     place.write("lines.txt", "w5 w6\nw7\n");
+    place.write("records.jsonl", "{\"text\": \"And he said.\"}\n{\"text\": \"zq 0x7 kk\"}\n");
     place.write(
         "recipe.yaml",
         "name: small\ndata: {text: builtin:kjv}\nsteps:\n  - pull: builtin:tiny\n  - eval: original\n    \

@@ -31,7 +31,7 @@ fn the_least_surprising_records_are_kept() {
         ["filter", "builtin:tiny", "--data", "data.jsonl", "-o", "kept.jsonl", "--keep", "0.6"];
     let dry = place.run(&[&base[..], &["--dry-run", "--json"]].concat()).json();
     assert_eq!(
-        (&dry["records"], &dry["unscored"], &dry["keep"]),
+        (&dry["records"], &dry["unscored"], &dry["kept"]),
         (&8.into(), &1.into(), &4.into())
     );
     assert!(!place.path("kept.jsonl").exists());
@@ -74,6 +74,7 @@ fn mistakes_are_found_before_the_work() {
     refuses(&["--data", "data.jsonl", "-o", "x", "--keep", "0.01"], &["would be none"]);
     refuses(&["--data", "data.jsonl", "-o", "x", "--max-length", "1"], &["at least 2 tokens"]);
     refuses(&["--data", "data.jsonl", "-o", "there.jsonl"], &["there.jsonl exists", "--force"]);
+    refuses(&["--data", "data.jsonl", "-o", "data.jsonl", "--force"], &["data.jsonl is read here"]);
     refuses(&["--data", "words.txt", "-o", "x"], &["words.txt", ".jsonl"]);
     refuses(&["--data", "other.jsonl", "-o", "x"], &["other.jsonl", "`text`"]);
     refuses(&["--data", "empty.jsonl", "-o", "x"], &["empty.jsonl:1", "empty"]);

@@ -177,6 +177,36 @@ fn mistakes_in_recipes_name_line_and_remedy_and_nothing_is_written() {
 }
 
 #[test]
+fn labelled_examples_are_read_hashed_and_named_in_the_command() {
+    let place = Place::new();
+    place.vit("vit");
+    for (class, name) in [(0, "a"), (0, "b"), (1, "c"), (1, "d")] {
+        place.picture(&format!("set/LABEL_{class}/{name}.png"));
+    }
+    let recipe = "name: small\nsteps:\n  - pull: ./vit\n  - apply: linear-probe\n    to: original\n    labelled: set\n  - report: []\n";
+    let path = place.write("recipe.yaml", recipe);
+    let run = || place.run(&["run", &path, "--json"]).json();
+    place.run(&["run", &path, "--dry-run"]).code(0);
+    run();
+    assert!(place.path("runs/small/linear-probe/model.safetensors").exists());
+    let step = |at: usize| record(&place)["steps"][at].clone();
+    assert!(step(1)["command"].as_str().unwrap().contains("--labelled set"), "{}", step(1));
+    // The same examples are not learned twice; others are.
+    run();
+    assert_eq!(step(1)["reused"], true, "{}", step(1));
+    place.picture("set/LABEL_1/e.png");
+    run();
+    assert_eq!(step(1)["reused"], false, "{}", step(1));
+
+    let refuse = |text: &str, parts: &[&str]| {
+        let bad = place.write("bad.yaml", text);
+        place.run(&["run", &bad]).code(2).says(parts);
+    };
+    refuse(&recipe.replace("linear-probe", "rtn"), &["line 4", "rtn takes no labelled examples"]);
+    refuse(&recipe.replace("labelled: set", "labelled: gone"), &["gone"]);
+}
+
+#[test]
 fn a_killed_recipe_goes_on_where_it_stopped() {
     let place = Place::new();
     let recipe = place.write("small.yaml", RECIPE);

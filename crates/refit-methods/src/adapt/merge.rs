@@ -59,10 +59,7 @@ crate::paper_defaults!(MergeAdapter);
 
 impl MergeAdapter {
     fn grids(&self, model: &ModelInput) -> Result<Grids> {
-        match self.quantized {
-            Quantized::Keep => Grids::of(model),
-            Quantized::Float => Ok(Grids::none()),
-        }
+        Grids::of(model, self.quantized == Quantized::Keep)
     }
 }
 
@@ -170,6 +167,9 @@ impl Method for MergeAdapter {
             let Some((files, summary)) = grids.finish(model, &float)? else {
                 return Ok((Vec::new(), report));
             };
+            if sum.snapped == 0 {
+                return Ok((files, report));
+            }
             let by_tensor: BTreeMap<&str, f64> =
                 totals.0.iter().map(|(name, one)| (&**name, one.relative_loss())).collect();
             report["requantized_tensors"] = json!(sum.snapped);

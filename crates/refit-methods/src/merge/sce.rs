@@ -83,11 +83,7 @@ impl Kernel for Sce {
             }
             if let Some(cut) = &cut {
                 let keys: Vec<f32> = variances(piece).into_iter().map(|v| v as f32).collect();
-                cut.above(piece.index, &keys, |i, above| {
-                    if !above {
-                        deltas.iter_mut().for_each(|d| d[i] = 0.0);
-                    }
-                });
+                deltas.iter_mut().for_each(|d| cut.zero(piece.index, &keys, false, d));
             }
             deltas
         };

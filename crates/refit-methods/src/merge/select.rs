@@ -48,21 +48,6 @@ impl Cut {
             }
         }
     }
-
-    /// Says of every value of piece `index` whether its rank is that of the cut or higher.
-    pub fn above(&self, index: usize, keys: &[f32], mut say: impl FnMut(usize, bool)) {
-        if self.skip == 0 {
-            keys.iter().enumerate().for_each(|(i, key)| say(i, order(*key) >= self.value));
-            return;
-        }
-        let mut equal = self.before[index];
-        for (i, key) in keys.iter().enumerate() {
-            let key = order(*key);
-            let above = key > self.value || (key == self.value && equal >= self.skip);
-            equal += u64::from(key == self.value);
-            say(i, above);
-        }
-    }
 }
 
 /// Bits that sort as the values do.
@@ -198,14 +183,14 @@ mod tests {
                 let cut = cuts(group, &[vec![rank as u64]], |piece, k| piece.inputs[k].to_vec())?;
                 let cut = cut[0][0].clone();
                 let keep = group.scan(|piece| {
-                    let mut keep = Vec::new();
-                    cut.above(piece.index, piece.inputs[0], |_, above| keep.push(above));
-                    // Zeroing does to changes what the answers say.
-                    for above in [false, true] {
-                        let mut changes = vec![1.0; keep.len()];
+                    // What zeroing the lower ones leaves, and what zeroing the higher ones takes.
+                    let side = |above: bool| {
+                        let mut changes = vec![1.0; piece.len()];
                         cut.zero(piece.index, piece.inputs[0], above, &mut changes);
-                        assert!(changes.iter().zip(&keep).all(|(c, k)| (*c == 0.0) == (*k == above)));
-                    }
+                        changes.into_iter().map(move |change| (change == 0.0) == above)
+                    };
+                    let keep: Vec<bool> = side(false).collect();
+                    assert!(side(true).eq(keep.iter().copied()));
                     keep
                 })?;
                 Ok((cut.value(), keep.concat()))

@@ -19,6 +19,14 @@ pub enum Group {
 }
 
 impl Group {
+    /// The number, where it is not the whole row.
+    pub fn size(self) -> Option<usize> {
+        match self {
+            Self::Row => None,
+            Self::Size(size) => Some(size),
+        }
+    }
+
     /// The group size for rows of `inputs` weights of `tensor`.
     ///
     /// # Errors

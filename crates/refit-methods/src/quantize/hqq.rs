@@ -28,7 +28,7 @@ use crate::method::{
 };
 use crate::quantize::chain::Group;
 use crate::quantize::grid::{Grid, Step};
-use crate::quantize::options::check_bits;
+use crate::quantize::options::{check_bits, mean_bits};
 use crate::quantize::record::{QuantizedTensor, Record, grid_warnings};
 use crate::rewrite::{self, OutputType, linears, shape_of};
 
@@ -176,25 +176,16 @@ impl Method for Hqq {
         if !(self.lp_norm > 0.0 && self.lp_norm <= 1.0) {
             return Err(Error::range(name, "lp_norm", self.lp_norm, "above 0 and at most 1"));
         }
-        for (key, value, least) in [("beta", self.beta, 0.0), ("kappa", self.kappa, 0.0)] {
-            if !(value > least && value.is_finite()) {
+        for (key, value) in [("beta", self.beta), ("kappa", self.kappa)] {
+            if !(value > 0.0 && value.is_finite()) {
                 return Err(Error::range(name, key, value, "a positive number"));
             }
         }
         let model = &inputs.models[0];
         let sites = linears(model)?;
-        let (mut weights, mut bits) = (0.0, 0.0);
-        for site in &sites {
-            let group = self.group.resolve(&site.name, shape_of(site).1)?;
-            weights += site.numel() as f64;
-            bits += site.numel() as f64 * self.bits_per_weight(group);
-        }
+        let bits = mean_bits(&sites, self.group, |group| self.bits_per_weight(group))?;
         let mut plan = rewrite::plan(self, model, &sites, self.dtype);
-        let size = match self.group {
-            Group::Row => None,
-            Group::Size(size) => Some(size),
-        };
-        plan.warnings = grid_warnings(model, &self.grid(), size);
+        plan.warnings = grid_warnings(model, &self.grid(), self.group.size());
         if self.float_zero {
             plan.notes.push(
                 "zero points are fractions: the result lies on no grid of whole numbers, and refit export keeps no codes of it"
@@ -207,7 +198,7 @@ impl Method for Hqq {
             self.bits,
             self.group,
             self.iterations,
-            bits / weights
+            bits
         ));
         Ok(plan)
     }
@@ -221,37 +212,19 @@ impl Method for Hqq {
             weights.par_chunks_mut(columns).for_each(|row| {
                 row.chunks_mut(group).for_each(|group| self.snap(group));
             });
+            let rows = before.len() / columns.max(1);
+            let mut entry = QuantizedTensor::of(&self.grid(), rows, columns, group);
             if self.float_zero {
-                record.put(
-                    &site.name,
-                    before.len() as u64,
-                    self.entry(columns, group, &before, weights),
-                );
-            } else {
-                record.add(&site.name, &self.grid(), columns, group, &before, weights);
+                // Zero points take 16 bits, not as many as a code.
+                let extra =
+                    before.len() as f64 * (self.bits_per_weight(group) - entry.bits_per_weight);
+                entry.packed_bytes += (extra / 8.0) as u64;
+                entry.bits_per_weight = self.bits_per_weight(group);
             }
+            record.measure(&site.name, entry, &before, weights);
             Ok(())
         };
         rewrite::rewrite(inputs, plan, cx, &edit, || record.take().finish(&inputs.models[0]))
-    }
-}
-
-impl Hqq {
-    /// What is recorded of a matrix whose zero points are 16-bit floats.
-    fn entry(&self, inputs: usize, group: usize, before: &[f32], after: &[f32]) -> QuantizedTensor {
-        let square = |w: f32| f64::from(w) * f64::from(w);
-        let norm: f64 = before.iter().map(|w| square(*w)).sum();
-        let error: f64 = before.iter().zip(after).map(|(a, b)| square(a - b)).sum();
-        let rows = before.len() / inputs.max(1);
-        QuantizedTensor {
-            bits: self.bits,
-            symmetric: false,
-            group,
-            bits_per_weight: self.bits_per_weight(group),
-            packed_bytes: ((before.len() * usize::from(self.bits)).div_ceil(8)
-                + 4 * rows * inputs.div_ceil(group)) as u64,
-            relative_error: if norm > 0.0 { error / norm } else { 0.0 },
-        }
     }
 }
 

@@ -34,6 +34,20 @@ pub struct QuantizedTensor {
     pub relative_error: f64,
 }
 
+impl QuantizedTensor {
+    /// A matrix of `rows` rows of `inputs` weights on a grid, nothing lost.
+    pub fn of(grid: &Grid, rows: usize, inputs: usize, group: usize) -> Self {
+        Self {
+            bits: grid.bits,
+            symmetric: grid.symmetric,
+            group,
+            bits_per_weight: grid.bits_per_weight(group),
+            packed_bytes: grid.packed_bytes(rows, inputs, group),
+            relative_error: 0.0,
+        }
+    }
+}
+
 /// What refit wrote beside the weights when it quantized them; empty where it did not, or where the file cannot be read.
 /// It is a claim, not a fact: weights may have changed since, so whoever relies on it looks at them.
 pub fn read(model: &ModelInput) -> BTreeMap<String, QuantizedTensor> {
@@ -65,18 +79,16 @@ impl Record {
         after: &[f32],
     ) {
         let rows = before.len() / inputs.max(1);
+        self.measure(tensor, QuantizedTensor::of(grid, rows, inputs, group), before, after);
+    }
+
+    /// Adds a matrix of which all but the error is known.
+    pub fn measure(&self, tensor: &str, entry: QuantizedTensor, before: &[f32], after: &[f32]) {
         let square = |w: f32| f64::from(w) * f64::from(w);
         let norm: f64 = before.iter().map(|w| square(*w)).sum();
         let error: f64 = before.iter().zip(after).map(|(a, b)| square(a - b)).sum();
-        let entry = QuantizedTensor {
-            bits: grid.bits,
-            symmetric: grid.symmetric,
-            group,
-            bits_per_weight: grid.bits_per_weight(group),
-            packed_bytes: grid.packed_bytes(rows, inputs, group),
-            relative_error: if norm > 0.0 { error / norm } else { 0.0 },
-        };
-        self.put(tensor, before.len() as u64, entry);
+        let relative_error = if norm > 0.0 { error / norm } else { 0.0 };
+        self.put(tensor, before.len() as u64, QuantizedTensor { relative_error, ..entry });
     }
 
     /// Adds what is known of a matrix of `weights` elements.

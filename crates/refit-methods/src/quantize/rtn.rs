@@ -16,7 +16,7 @@ use crate::method::{
 };
 use crate::quantize::chain::Group;
 use crate::quantize::grid::{Grid, ScaleRule, Scheme};
-use crate::quantize::options::check_bits;
+use crate::quantize::options::{check_bits, mean_bits};
 use crate::quantize::record::{Record, grid_warnings};
 use crate::rewrite::{self, OutputType, shape_of};
 
@@ -91,24 +91,15 @@ impl Method for Rtn {
         check_scheme(Self::INFO.name, self.asymmetric, self.scheme)?;
         let model = &inputs.models[0];
         let sites = rewrite::linears(model)?;
-        let (mut weights, mut bits) = (0.0, 0.0);
-        for site in &sites {
-            let group = self.group.resolve(&site.name, shape_of(site).1)?;
-            weights += site.numel() as f64;
-            bits += site.numel() as f64 * self.grid().bits_per_weight(group);
-        }
+        let bits = mean_bits(&sites, self.group, |group| self.grid().bits_per_weight(group))?;
         let mut plan = rewrite::plan(self, model, &sites, self.dtype);
-        let size = match self.group {
-            Group::Row => None,
-            Group::Size(size) => Some(size),
-        };
-        plan.warnings = grid_warnings(model, &self.grid(), size);
+        plan.warnings = grid_warnings(model, &self.grid(), self.group.size());
         plan.steps.push(format!(
             "round {} matrices to {} bits, group {}: {:.3} bits per weight with scales",
             sites.len(),
             self.bits,
             self.group,
-            bits / weights
+            bits
         ));
         Ok(plan)
     }

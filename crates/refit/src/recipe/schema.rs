@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use refit_methods::method::Need;
 use refit_methods::registry;
 use serde::Deserialize;
 use serde_json::Value;
@@ -356,6 +357,9 @@ fn check_step(
         }
         to.iter().chain(&raw.base).try_for_each(known_model)?;
         raw.data.iter().chain(&raw.held_out).try_for_each(known_data)?;
+        if raw.labelled.is_some() && entry.info.inputs.labelled == Need::No {
+            return Err(Failure::usage(format!("`labelled`: {method} takes no labelled examples")));
+        }
         let with = raw.with.unwrap_or(Value::Null);
         // Wrong parameters are found before anything is run.
         entry.from_value(&with)?;

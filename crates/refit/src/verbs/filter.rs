@@ -73,7 +73,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         let tokens: usize = rows.iter().map(|row| row.example.learned()).sum();
         facts.push(("tokens to score", number::count(tokens as u64)));
         facts.push(("would keep", format!("{} in {out}", number::count(keep as u64))));
-        let json = json!({"records": total, "unscored": unscored, "tokens": tokens, "keep": keep, "out": args.out});
+        let json = json!({"dry_run": true, "records": total, "unscored": unscored, "tokens": tokens, "kept": keep, "out": args.out});
         return Ok(Outcome::new(json, output::facts(facts)));
     }
     if keep == 0 {
@@ -108,6 +108,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         lines.push_str(&record(&rows[i], perplexities[i]).to_string());
         lines.push('\n');
     }
+    let folder = parent(&args.out);
+    std::fs::create_dir_all(&folder).map_err(|source| Failure::io(&folder, "make", &source))?;
     write_atomically(&args.out, lines.as_bytes())?;
     let middle = |of: &[usize]| {
         let mut values: Vec<f64> = of.iter().map(|&i| perplexities[i]).collect();
@@ -152,6 +154,12 @@ fn check(args: &Args) -> Result {
         return Err(Failure::usage(format!(
             "{} exists; name another file, or replace it with --force",
             args.out.display()
+        )));
+    }
+    let same = |file: &String| matches!((args.out.canonicalize(), PathBuf::from(file).canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if let Some(file) = args.data.iter().find(|file| same(file)) {
+        return Err(Failure::usage(format!(
+            "{file} is read here, and its other records would be lost; name another file to write"
         )));
     }
     check_writable(&parent(&args.out))

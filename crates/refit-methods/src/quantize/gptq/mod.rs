@@ -127,11 +127,7 @@ impl Method for Gptq {
             self.group.resolve(&site.name, shape_of(site).1)?;
         }
         let mut plan = rewrite::plan(self, model, &sites, self.dtype);
-        let size = match self.group {
-            Group::Row => None,
-            Group::Size(size) => Some(size),
-        };
-        plan.warnings = grid_warnings(model, &self.grid(), size);
+        plan.warnings = grid_warnings(model, &self.grid(), self.group.size());
         self.calibration.describe(&mut plan, model);
         plan.steps.push(format!(
             "round {} matrices to {} bits, group {}, repairing as it goes",
