@@ -325,6 +325,7 @@ fn describe(
         let family = crate::registry::get(&plan.method)?.info.family;
         let purpose = match family {
             crate::method::Family::Adapt => "training",
+            crate::method::Family::Quantize => "calibration",
             _ => "evaluation",
         };
         lineage.data.push(DataUse {

@@ -156,6 +156,18 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         problem: String,
     },
+    /// A scale that cannot move out of a linear's input.
+    #[error(
+        "{model}: no scale can be moved from the input of `{site}` into what produces it: {problem}"
+    )]
+    CannotFold {
+        /// The model.
+        model: String,
+        /// The linear.
+        site: String,
+        /// Why, and what to do.
+        problem: String,
+    },
     /// A recipe of mergekit that cannot be carried out.
     #[error("mergekit recipe: {at}: {problem}")]
     Recipe {

@@ -4,15 +4,17 @@
 pub mod bytes;
 pub mod images;
 pub mod sentences;
+pub mod vit;
 
 use std::path::{Path, PathBuf};
 
 use refit_data::{Tokenizer, corpus};
+use refit_nn::rounding::Rounder;
 use refit_nn::{BurnDevice, Decoder};
 use refit_store::Artifact;
 use refit_train::BoxError;
 use refit_train::claim::ClaimContext;
-use refit_train::eval::{self, Options, Reference, Segment};
+use refit_train::eval::{self, CausalLm, Options, Reference, Rounded, Segment};
 use serde_json::Value;
 
 use crate::inputs::{Inputs, ModelInput, TextData};
@@ -133,6 +135,21 @@ impl Lab {
         tokens: usize,
         slice: usize,
     ) -> Result<f64, BoxError> {
+        self.perplexity_through(model, &Rounder::default(), domains, tokens, slice)
+    }
+
+    /// As [`Self::perplexity`], with activations rounded.
+    ///
+    /// # Errors
+    /// As [`Self::perplexity`].
+    pub fn perplexity_through(
+        &self,
+        model: &Path,
+        rounder: &Rounder,
+        domains: &[&str],
+        tokens: usize,
+        slice: usize,
+    ) -> Result<f64, BoxError> {
         let segments = self
             .held_out
             .iter()
@@ -150,7 +167,9 @@ impl Lab {
             resamples: 0,
             ..Options::default()
         };
-        match eval::perplexity(&decoder, &segments, &options, Reference::None, &|_, _| {}) {
+        let rounded = Rounded { model: &decoder, rounder };
+        let model: &dyn CausalLm = if rounder.is_empty() { &decoder } else { &rounded };
+        match eval::perplexity(model, &segments, &options, Reference::None, &|_, _| {}) {
             Ok(done) => Ok(done.perplexity),
             Err(refit_train::Error::Logits { .. }) => Ok(f64::INFINITY),
             Err(error) => Err(error.into()),

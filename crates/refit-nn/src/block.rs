@@ -121,13 +121,35 @@ impl Attention {
             lengths: context.lengths.clone(),
             ..self.spec.clone()
         };
-        let mut mixed = ops::attention(q, k, v, &spec);
+        let mut mixed = match run.opens_attention() {
+            true => open_attention(q, k, v, &spec, layer, run),
+            false => ops::attention(q, k, v, &spec),
+        };
         if let (Some(adapter), Some(query)) = (&self.head_adapter, query) {
             mixed = mixed + adapter.forward(query, self.spec.scale);
         }
         let mixed = side::join(&self.side, side, mixed, run);
         self.o.forward(mixed, run)
     }
+}
+
+/// Attention step by step, with its operands and probabilities shown to the tap.
+fn open_attention(
+    q: Tensor<3>,
+    k: Tensor<3>,
+    v: Tensor<3>,
+    spec: &AttentionSpec,
+    layer: usize,
+    run: &mut Run,
+) -> Tensor<3> {
+    let q = run.tap(|| format!("layers.{layer}.attn.q"), q);
+    let k = run.tap(|| format!("layers.{layer}.attn.k"), k);
+    let v = run.tap(|| format!("layers.{layer}.attn.v"), v);
+    let shares = ops::compose::attention_probabilities(q, k, spec);
+    let [batch, heads, seq, keys] = shares.dims();
+    let shares = shares.reshape([batch, heads * seq, keys]);
+    let shares = run.tap(|| format!("layers.{layer}.attn.probs"), shares);
+    ops::compose::mix(shares.reshape([batch, heads, seq, keys]), v, spec)
 }
 
 fn per_head(norm: &Norm, x: Tensor<3>, dim: usize) -> Tensor<3> {
@@ -375,6 +397,16 @@ impl Block {
             Ffn::Plain(mlp) => all.extend([&mut mlp.up, &mut mlp.down]),
         }
         all
+    }
+
+    /// The norm at `site` (tensor name with or without `.weight`), where it stands before or after a half of the block.
+    pub fn norm_mut(&mut self, site: &str) -> Option<&mut Norm> {
+        let site = site.strip_suffix(".weight").unwrap_or(site);
+        let after = [&mut self.mixer_post_norm, &mut self.ffn_post_norm];
+        [&mut self.mixer_norm, &mut self.ffn_norm]
+            .into_iter()
+            .chain(after.into_iter().flatten())
+            .find(|norm| norm.site == site)
     }
 
     /// The linear at `site` (tensor name with or without `.weight`).

@@ -9,10 +9,17 @@ use crate::ops::{self, Precision};
 /// Reads or replaces named activations.
 ///
 /// Names: `SITE:in` and `SITE:out` around every linear (`model.layers.7.mlp.down_proj:in`), and `layers.N.resid.pre`,
-/// `layers.N.resid.mid`, `layers.N.resid.post` on the residual stream. Activations are `[batch, seq, width]`.
+/// `layers.N.resid.mid`, `layers.N.resid.post` on the residual stream. Activations are `[batch, seq, width]`. A tap that looks
+/// into [`attention`](Self::attention) also gets `layers.N.attn.q`, `.k`, `.v` (after rotation) and `.probs`, which are
+/// `[batch, heads * seq, keys]`.
 pub trait Tap {
     /// Sees the activation `name` and returns what the run goes on with.
     fn visit(&mut self, name: &str, value: Tensor<3>) -> Tensor<3>;
+
+    /// Whether it looks into attention, which then runs unfused.
+    fn attention(&self) -> bool {
+        false
+    }
 }
 
 impl<F: FnMut(&str, Tensor<3>) -> Tensor<3>> Tap for F {
@@ -88,6 +95,11 @@ impl<'a> Run<'a> {
             Some(tap) => tap.visit(&name(), value),
             None => value,
         }
+    }
+
+    /// Whether the tap, if there is one, looks into attention.
+    pub(crate) fn opens_attention(&self) -> bool {
+        self.tap.as_ref().is_some_and(|tap| tap.attention())
     }
 
     /// `x` with some elements dropped and the rest scaled up, when this pass has dropout.

@@ -203,6 +203,19 @@ impl Artifact {
         })
     }
 
+    /// Fixed scale and zero point of the activation that a packed linear reads, as stored (codes are signed); none where the
+    /// format has none.
+    ///
+    /// # Errors
+    /// A tensor that is not there.
+    pub fn stored_input(&self, name: &str) -> Result<Option<(f32, f32)>> {
+        let entry = self.entry(name)?;
+        Ok(match &entry.view {
+            View::Packed(packed) => packed.input,
+            _ => None,
+        })
+    }
+
     /// Roles of the tensors: by `model_type`, or inferred and marked so.
     pub fn architecture(&self) -> &Architecture {
         &self.resolved().architecture

@@ -12,17 +12,38 @@
 //! run provided that [`Visitor::visit`] leaves the weights in the block *as they will be read back*,
 //! that is rounded to the type they are stored in.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
+use refit_nn::Tap;
 use refit_nn::block::{Block, Context, Ffn, GateUp, Projections};
-use refit_nn::load::Loader;
-use refit_nn::{Encoder, Frame, Run, ops};
-use refit_store::architecture::Kind;
 use refit_store::artifact::Artifact;
 
-use crate::error::{Error, Result};
-use crate::observe::{ColumnStats, NonFinite, StatsRequest};
+use crate::error::Error;
+use crate::observe::{ColumnStats, StatsRequest};
+
+mod stream;
+mod watch;
+
+use stream::Stream;
+
+/// What is run through the model.
+#[derive(Debug, Clone)]
+pub enum Feed<'a> {
+    /// Token ids, sequence by sequence: decoders and text encoders.
+    Tokens(&'a [Vec<u32>]),
+    /// Batches of images `[batch, channels, height, width]` of one size, each batch a sequence: Vision Transformers.
+    Images(&'a [Tensor<4>]),
+}
+
+impl Feed<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::Tokens(sequences) => sequences.len(),
+            Self::Images(batches) => batches.len(),
+        }
+    }
+}
 
 /// When the statistics of a block's linears are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -46,12 +67,24 @@ pub struct Options {
     pub device: Device,
     /// Stop after this many blocks; later blocks are neither loaded nor visited.
     pub max_blocks: Option<usize>,
+    /// Keep the inputs themselves beside their statistics: [`Group::inputs`].
+    pub keep_inputs: bool,
+    /// Within attention, too: groups `layers.N.attn.{q,k,v}` and then `layers.N.attn.probs` come between the projections and
+    /// the output projection. They have no statistics; keep the inputs.
+    pub attention: bool,
 }
 
 impl Options {
     /// Collect `request` at every linear on the CPU, whole blocks at a time.
     pub fn new(request: StatsRequest) -> Self {
-        Self { request, order: Order::default(), device: Device::flex(), max_blocks: None }
+        Self {
+            request,
+            order: Order::default(),
+            device: Device::flex(),
+            max_blocks: None,
+            keep_inputs: false,
+            attention: false,
+        }
     }
 }
 
@@ -76,6 +109,20 @@ pub trait Visitor {
     /// Whatever reading them back meets.
     fn restore(&mut self, _index: usize, _block: &mut Block) -> Result<bool, Self::Error> {
         Ok(false)
+    }
+
+    /// What activations go through on their way to a linear, in every pass: rounding of activations that are decided on.
+    /// Statistics are of what comes before.
+    fn tap(&mut self) -> Option<&mut dyn Tap> {
+        None
+    }
+
+    /// Sees block `index` after its last visit, before it is run to feed the next one.
+    ///
+    /// # Errors
+    /// Whatever the method meets.
+    fn finished(&mut self, _index: usize, _block: &mut Block) -> Result<(), Self::Error> {
+        Ok(())
     }
 
     /// Sees block `index` with the statistics of its linears' inputs and may change it. With
@@ -110,6 +157,7 @@ pub struct BlockStats {
     /// Mean over tokens of the cosine between the block's input and output (before the change): one
     /// minus it is the block influence of ShortGPT. `None` for a part of a block.
     pub cosine: Option<f64>,
+    contexts: BTreeMap<usize, Context>,
 }
 
 /// Linears with one common input.
@@ -119,6 +167,8 @@ pub struct Group {
     pub sites: Vec<String>,
     /// Statistics of their input.
     pub stats: ColumnStats,
+    /// Their input in every sequence, `[batch, seq, width]`, where [`Options::keep_inputs`] asked for it.
+    pub inputs: Vec<Tensor<3>>,
 }
 
 impl BlockStats {
@@ -126,6 +176,14 @@ impl BlockStats {
     pub fn get(&self, site: &str) -> Option<&ColumnStats> {
         let site = site.strip_suffix(".weight").unwrap_or(site);
         self.groups.iter().find(|g| g.sites.iter().any(|s| s == site)).map(|g| &g.stats)
+    }
+
+    /// What a pass over `x` `[batch, seq, ...]` shares, for running parts of the block again.
+    ///
+    /// # Panics
+    /// When no sequence has that length.
+    pub fn context(&self, x: &Tensor<3>) -> &Context {
+        &self.contexts[&x.dims()[1]]
     }
 
     /// All groups, in running order.
@@ -158,9 +216,7 @@ pub struct Summary {
 /// blocks are done, and of how many.
 ///
 /// # Errors
-/// No sequences or an empty one, sequences longer than the context, ids outside the vocabulary,
-/// activations that are not finite (with site, sequence, row and column), model types that have no
-/// blocks, and whatever the visitor returns.
+/// As [`run_on`].
 pub fn run<V: Visitor>(
     artifact: &Artifact,
     sequences: &[Vec<u32>],
@@ -168,11 +224,27 @@ pub fn run<V: Visitor>(
     visitor: &mut V,
     progress: &dyn Fn(u64, u64),
 ) -> Result<Summary, V::Error> {
-    let mut stream = Stream::open(artifact, sequences, options)?;
+    run_on(artifact, &Feed::Tokens(sequences), options, visitor, progress)
+}
+
+/// Streams texts or images through the blocks of `artifact`; `progress` is told how many blocks are done, and of how many.
+///
+/// # Errors
+/// No sequences or an empty one, sequences longer than the context, ids outside the vocabulary,
+/// activations that are not finite (with site, sequence, row and column), model types that have no
+/// blocks or do not read what is fed, and whatever the visitor returns.
+pub fn run_on<V: Visitor>(
+    artifact: &Artifact,
+    feed: &Feed,
+    options: &Options,
+    visitor: &mut V,
+    progress: &dyn Fn(u64, u64),
+) -> Result<Summary, V::Error> {
+    let mut stream = Stream::open(artifact, feed, options)?;
     let mut summary = Summary {
         blocks: stream.blocks,
-        sequences: sequences.len(),
-        tokens: sequences.iter().map(Vec::len).sum(),
+        sequences: feed.len(),
+        tokens: stream.hidden.iter().map(|x| x.dims()[0] * x.dims()[1]).sum(),
         ..Summary::default()
     };
     progress(0, stream.blocks as u64);
@@ -180,16 +252,25 @@ pub fn run<V: Visitor>(
         let mut block = stream.block(index)?;
         if visitor.restore(index, &mut block)? {
             summary.restored += 1;
-            stream.forward(index, &block)?;
+            stream.forward(index, &block, visitor.tap())?;
         } else {
-            let groups = groups(&block);
+            let visits = visits(&block, index, options.attention);
             match options.order {
-                Order::WholeBlock => stream.visit(index, &mut block, &groups, true, visitor)?,
-                Order::WithinBlock => {
-                    for group in groups.chunks(1) {
-                        stream.visit(index, &mut block, group, false, visitor)?;
+                Order::WholeBlock => {
+                    let groups: Vec<_> = visits.into_iter().flatten().collect();
+                    let outputs = stream.visit(index, &mut block, &groups, true, visitor)?;
+                    visitor.finished(index, &mut block)?;
+                    match outputs {
+                        Some(outputs) => stream.advance(index, outputs)?,
+                        None => stream.forward(index, &block, visitor.tap())?,
                     }
-                    stream.forward(index, &block)?;
+                }
+                Order::WithinBlock => {
+                    for groups in visits {
+                        stream.visit(index, &mut block, &groups, false, visitor)?;
+                    }
+                    visitor.finished(index, &mut block)?;
+                    stream.forward(index, &block, visitor.tap())?;
                 }
             }
         }
@@ -197,6 +278,19 @@ pub fn run<V: Visitor>(
     }
     summary.warnings = stream.warnings;
     Ok(summary)
+}
+
+/// What is observed together: sites of a block's linears, grouped by common input, in running order, and what lies within
+/// attention where that is asked for.
+fn visits(block: &Block, index: usize, attention: bool) -> Vec<Vec<Vec<String>>> {
+    let mut visits: Vec<Vec<Vec<String>>> =
+        groups(block).into_iter().map(|group| vec![group]).collect();
+    if attention {
+        let site = |part: &str| vec![format!("layers.{index}.attn.{part}")];
+        visits.insert(1, vec![site("q"), site("k"), site("v")]);
+        visits.insert(2, vec![site("probs")]);
+    }
+    visits
 }
 
 /// Sites of a block's linears, grouped by common input, in running order.
@@ -217,244 +311,4 @@ fn groups(block: &Block) -> Vec<Vec<String>> {
         Ffn::Plain(mlp) => groups.extend([vec![&mlp.up], vec![&mlp.down]]),
     }
     groups.iter().map(|group| group.iter().map(|linear| linear.site.clone()).collect()).collect()
-}
-
-/// Where blocks come from.
-enum Blocks<'a> {
-    /// Read one at a time.
-    Lazy(Box<Loader<'a>>),
-    /// Encoders are small: loaded whole, given away one by one.
-    Loaded(VecDeque<Block>),
-}
-
-/// Hidden states on their way through the model.
-struct Stream<'a> {
-    source: Blocks<'a>,
-    blocks: usize,
-    /// `[1, tokens, hidden]` per sequence.
-    hidden: Vec<Tensor<3>>,
-    /// What the blocks share, by sequence length.
-    contexts: BTreeMap<usize, Context>,
-    request: StatsRequest,
-    warnings: Vec<String>,
-}
-
-impl<'a> Stream<'a> {
-    fn open(artifact: &'a Artifact, sequences: &[Vec<u32>], options: &Options) -> Result<Self> {
-        if sequences.is_empty() {
-            let what = "no sequences were given (the text may be shorter than one sequence)";
-            return Err(Error::EmptyCalibration { what: what.into() });
-        }
-        if let Some(index) = sequences.iter().position(Vec::is_empty) {
-            return Err(Error::EmptyCalibration {
-                what: format!("sequence {index} has no tokens"),
-            });
-        }
-        let check = |context: usize| -> Result<()> {
-            let long = sequences.iter().enumerate().find(|(_, ids)| ids.len() > context);
-            long.map_or(Ok(()), |(sequence, ids)| {
-                Err(Error::SequenceTooLong { sequence, tokens: ids.len(), context })
-            })
-        };
-        let lengths = || sequences.iter().map(Vec::len);
-        let (source, total, hidden, contexts);
-        match artifact.architecture().kind {
-            Kind::Decoder => {
-                let loader = Loader::new(artifact, &options.device)?;
-                check(loader.config().context)?;
-                total = loader.config().layers;
-                // The frame goes at the end of this arm: blocks need only what the contexts hold.
-                let frame = Frame::load(&loader)?;
-                hidden = sequences
-                    .iter()
-                    .map(|ids| Ok(frame.embed(ids, 1, 0)?))
-                    .collect::<Result<Vec<_>>>()?;
-                contexts = lengths().map(|n| (n, frame.context(0, n))).collect();
-                source = Blocks::Lazy(Box::new(loader));
-            }
-            Kind::Encoder => {
-                let encoder = Encoder::load(artifact, &options.device)?;
-                check(encoder.max_tokens())?;
-                total = encoder.blocks.len();
-                hidden = sequences
-                    .iter()
-                    .map(|ids| Ok(encoder.embed(ids, 1)?))
-                    .collect::<Result<Vec<_>>>()?;
-                contexts = lengths().map(|n| (n, encoder.context(&[n]))).collect();
-                source = Blocks::Loaded(encoder.blocks.into());
-            }
-            kind => {
-                let model_type = &artifact.architecture().model_type;
-                let what = format!("`{model_type}` is a model of kind {kind:?}");
-                return Err(Error::NotCalibratable { what });
-            }
-        }
-        let blocks = options.max_blocks.map_or(total, |most| most.min(total));
-        let warnings = Vec::new();
-        Ok(Self { source, blocks, hidden, contexts, request: options.request, warnings })
-    }
-
-    fn block(&mut self, index: usize) -> Result<Block> {
-        match &mut self.source {
-            Blocks::Lazy(loader) => Ok(loader.block(index)?),
-            Blocks::Loaded(blocks) => Ok(blocks.pop_front().expect("invariant: one per index")),
-        }
-    }
-
-    /// Runs one sequence through `block`.
-    fn pass(&self, index: usize, block: &Block, sequence: usize, run: &mut Run) -> Tensor<3> {
-        let x = self.hidden[sequence].clone();
-        let context = &self.contexts[&x.dims()[1]];
-        block.forward(x, context, index, run)
-    }
-
-    /// Replaces all hidden states by the block's outputs.
-    fn forward(&mut self, index: usize, block: &Block) -> Result<()> {
-        for sequence in 0..self.hidden.len() {
-            let out = self.pass(index, block, sequence, &mut Run::plain());
-            self.accept(index, sequence, out)?;
-        }
-        Ok(())
-    }
-
-    fn accept(&mut self, index: usize, sequence: usize, out: Tensor<3>) -> Result<()> {
-        let width = out.dims()[2];
-        ops::with_values(&out, |values| match values.iter().position(|x| !x.is_finite()) {
-            None => Ok(()),
-            Some(at) => Err(Error::Activation {
-                site: format!("the block after block {index}"),
-                sequence,
-                found: NonFinite {
-                    row: (at / width) as u64,
-                    column: at % width,
-                    value: values[at],
-                },
-            }),
-        })?;
-        self.hidden[sequence] = out;
-        Ok(())
-    }
-
-    /// Observes the inputs of `groups`, lets the visitor change the block, and, when `advance`,
-    /// moves the hidden states behind the block.
-    fn visit<V: Visitor>(
-        &mut self,
-        index: usize,
-        block: &mut Block,
-        groups: &[Vec<String>],
-        advance: bool,
-        visitor: &mut V,
-    ) -> Result<(), V::Error> {
-        let mut watch = Watch::new(block, groups, self.request);
-        let mut outputs = Vec::with_capacity(self.hidden.len());
-        let mut cosines = (0.0, 0usize);
-        for sequence in 0..self.hidden.len() {
-            let out = self.pass(index, block, sequence, &mut Run::tapped(&mut watch));
-            watch.end_sequence(sequence)?;
-            if advance {
-                add_cosines(&self.hidden[sequence], &out, &mut cosines);
-                outputs.push(out);
-            }
-        }
-        let cosine = advance.then(|| cosines.0 / cosines.1.max(1) as f64);
-        let stats = BlockStats { groups: watch.groups, cosine };
-        self.warn_about_rank(index, &stats);
-        let outcome = visitor.visit(index, block, &stats)?;
-        drop(stats);
-        match (advance, outcome) {
-            (false, _) => {}
-            (true, Outcome::Changed) => {
-                drop(outputs);
-                self.forward(index, block)?;
-            }
-            (true, Outcome::Unchanged) => {
-                for (sequence, out) in outputs.into_iter().enumerate() {
-                    self.accept(index, sequence, out)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn warn_about_rank(&mut self, index: usize, stats: &BlockStats) {
-        let deficient =
-            |g: &&Group| g.stats.request().contains(StatsRequest::GRAM) && g.stats.rank_deficient();
-        let Some(group) = stats.groups.iter().filter(deficient).max_by_key(|g| g.stats.columns())
-        else {
-            return;
-        };
-        if index == 0 {
-            self.warnings.push(format!(
-                "{} calibration tokens cannot fill the {} columns of `{}`: its Hessian is singular \
-                 and only damping keeps it invertible; give at least {} tokens",
-                group.stats.rows(),
-                group.stats.columns(),
-                group.sites[0],
-                group.stats.columns()
-            ));
-        }
-    }
-}
-
-/// A tap that feeds the inputs of chosen linears to their statistics.
-struct Watch {
-    groups: Vec<Group>,
-    failure: Option<(String, NonFinite)>,
-}
-
-impl Watch {
-    fn new(block: &Block, groups: &[Vec<String>], request: StatsRequest) -> Self {
-        let width = |site: &str| {
-            let linear = block.linears().into_iter().find(|l| l.site == site);
-            linear.map_or(0, |l| l.weight().dims()[1])
-        };
-        let groups = groups
-            .iter()
-            .map(|sites| Group {
-                stats: ColumnStats::new(width(&sites[0]), request),
-                sites: sites.clone(),
-            })
-            .collect();
-        Self { groups, failure: None }
-    }
-
-    fn end_sequence(&mut self, sequence: usize) -> Result<()> {
-        if let Some((site, found)) = self.failure.take() {
-            return Err(Error::Activation { site, sequence, found });
-        }
-        self.groups.iter_mut().for_each(|group| group.stats.end_sequence());
-        Ok(())
-    }
-}
-
-impl refit_nn::Tap for Watch {
-    fn visit(&mut self, name: &str, value: Tensor<3>) -> Tensor<3> {
-        let Some(site) = name.strip_suffix(":in") else { return value };
-        // One observation per group: its first site stands for all of them.
-        if let Some(group) = self.groups.iter_mut().find(|g| g.sites[0] == site) {
-            let seen = ops::with_values(&value, |rows| group.stats.observe(rows));
-            if let (Err(mut found), None) = (seen, &self.failure) {
-                // A pass is a sequence, so this makes the row a position in it.
-                found.row -= group.stats.rows();
-                self.failure = Some((site.to_string(), found));
-            }
-        }
-        value
-    }
-}
-
-/// Adds the cosines between the rows of `a` and `b` to a running sum and count.
-fn add_cosines(a: &Tensor<3>, b: &Tensor<3>, total: &mut (f64, usize)) {
-    let width = a.dims()[2];
-    ops::with_values(a, |a| {
-        ops::with_values(b, |b| {
-            for (x, y) in a.chunks_exact(width).zip(b.chunks_exact(width)) {
-                let dot = |p: &[f32], q: &[f32]| {
-                    p.iter().zip(q).map(|(&p, &q)| f64::from(p) * f64::from(q)).sum::<f64>()
-                };
-                total.0 += dot(x, y) / (dot(x, x) * dot(y, y)).sqrt().max(1e-300);
-                total.1 += 1;
-            }
-        });
-    });
 }

@@ -97,7 +97,9 @@ pub enum Error {
         found: NonFinite,
     },
     /// A model type without a block-wise stream.
-    #[error("{what}; block-wise calibration works for decoders and text encoders")]
+    #[error(
+        "{what}; block-wise calibration works for decoders, text encoders and Vision Transformers"
+    )]
     NotCalibratable {
         /// What was handed in.
         what: String,

@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
+use refit_nn::rounding::Rounder;
 use refit_nn::{Decoder, Frame, Run, ops};
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +75,30 @@ impl CausalLm for Decoder {
 
     fn head(&self) -> &dyn Head {
         &self.frame
+    }
+}
+
+/// A decoder whose activations are rounded on their way to its linears: what integer arithmetic would give.
+#[derive(Debug)]
+pub struct Rounded<'a> {
+    /// The model.
+    pub model: &'a Decoder,
+    /// What is rounded, and how.
+    pub rounder: &'a Rounder,
+}
+
+impl CausalLm for Rounded<'_> {
+    fn context(&self) -> usize {
+        self.model.context()
+    }
+
+    fn hidden(&self, ids: &[u32]) -> Result<Tensor<3>> {
+        let mut tap = self.rounder;
+        Ok(self.model.hidden(ids, 1, &mut Run::tapped(&mut tap))?)
+    }
+
+    fn head(&self) -> &dyn Head {
+        &self.model.frame
     }
 }
 

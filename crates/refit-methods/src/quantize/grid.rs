@@ -129,8 +129,7 @@ impl Grid {
         if !self.symmetric {
             let (min, max) =
                 group.iter().fold((0f32, 0f32), |(min, max), &w| (min.min(w), max.max(w)));
-            let scale = stored_scale((max - min) / levels);
-            return Step { scale, zero: round(-min / scale).clamp(0.0, levels) };
+            return self.fit_range(min, max);
         }
         let largest = max_abs(group);
         let full = Step { scale: stored_scale(2.0 * largest / levels), zero: 0.0 };
@@ -142,6 +141,14 @@ impl Grid {
             ScaleRule::Best if self.error(group, absmax) < self.error(group, full) => absmax,
             ScaleRule::Best => full,
         }
+    }
+
+    /// Scale and zero point of an asymmetric grid over a range, widened to hold 0.
+    pub fn fit_range(&self, min: f32, max: f32) -> Step {
+        let (min, max) = (min.min(0.0), max.max(0.0));
+        let levels = f32::from((1u16 << self.bits) - 1);
+        let scale = stored_scale((max - min) / levels);
+        Step { scale, zero: round(-min / scale).clamp(0.0, levels) }
     }
 
     /// A step as it is stored: the scale in half precision, the zero point a code.

@@ -13,16 +13,22 @@
 //! bytes which a packed file would take are known. [`export`] writes such files: GGUF,
 //! compressed-tensors, GPTQ.
 
+pub mod activations;
+pub mod awq;
 pub mod chain;
 pub mod export;
 pub mod finequant;
+pub mod fold;
 pub mod gptq;
 pub mod grid;
 pub mod hqq;
 pub mod options;
+pub mod output_error;
 pub mod record;
 pub mod regrid;
+pub mod repquant;
 pub mod rtn;
+pub mod smoothquant;
 
 use crate::registry::Entry;
 
@@ -32,5 +38,8 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<hqq::Hqq>(),
     Entry::of::<finequant::FineQuant>(),
     Entry::of::<gptq::Gptq>(),
+    Entry::of::<awq::Awq>(),
+    Entry::of::<smoothquant::SmoothQuant>(),
+    Entry::of::<repquant::RepQuant>(),
     Entry::of::<export::Export>(),
 ];

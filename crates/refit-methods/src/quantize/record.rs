@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+use refit_nn::rounding::{Rounder, Rounding};
 use refit_store::{DType, SideFile};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -65,6 +66,7 @@ pub fn read(model: &ModelInput) -> BTreeMap<String, QuantizedTensor> {
 #[derive(Debug, Default)]
 pub struct Record {
     tensors: Mutex<BTreeMap<String, (u64, QuantizedTensor)>>,
+    activations: BTreeMap<String, Rounding>,
 }
 
 impl Record {
@@ -105,7 +107,17 @@ impl Record {
     /// What was collected, leaving nothing.
     pub fn take(&self) -> Self {
         let mut tensors = self.tensors.lock().expect("invariant: no thread panics while adding");
-        Self { tensors: Mutex::new(std::mem::take(&mut *tensors)) }
+        Self {
+            tensors: Mutex::new(std::mem::take(&mut *tensors)),
+            activations: self.activations.clone(),
+        }
+    }
+
+    /// Says how activations are rounded while the result runs: `refit eval` does so, exports to formats that have the word say
+    /// so.
+    pub fn with_activations(mut self, rounder: &Rounder) -> Self {
+        self.activations.clone_from(&rounder.roundings);
+        self
     }
 
     /// The file and the report. Tensors that were not quantized count with the bytes of the source.
@@ -146,7 +158,10 @@ impl Record {
         });
         let entries: BTreeMap<&String, &QuantizedTensor> =
             tensors.iter().map(|(name, (_, entry))| (name, entry)).collect();
-        let file = json!({ "version": 1, "summary": summary, "tensors": entries });
+        let mut file = json!({ "version": 1, "summary": summary, "tensors": entries });
+        if !self.activations.is_empty() {
+            file["activations"] = json!(self.activations);
+        }
         let bytes = serialize("quantization record", &file)?;
         Ok((vec![SideFile::from_bytes(FILE_NAME, bytes)], summary))
     }

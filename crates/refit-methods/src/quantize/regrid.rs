@@ -7,6 +7,7 @@ use refit_store::lattice::Lattice;
 use refit_store::{DType, SideFile};
 use serde_json::Value;
 
+use super::activations;
 use super::grid::{Grid, ScaleRule, Scheme, Step};
 use super::record::{self, QuantizedTensor, Record};
 use crate::error::Result;
@@ -98,7 +99,7 @@ impl Grids {
                 record.put(name, *weights, *entry);
             }
         }
-        record.finish(model).map(Some)
+        record.with_activations(&activations::stated(&model.artifact)?).finish(model).map(Some)
     }
 }
 

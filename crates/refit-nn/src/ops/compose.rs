@@ -81,19 +81,16 @@ pub fn rope(x: Tensor<3>, cos: Tensor<2>, sin: Tensor<2>, heads: usize) -> Tenso
 
 /// Softmax attention, see [`super::attention`].
 pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: &AttentionSpec) -> Tensor<3> {
-    let [batch, seq, width] = q.dims();
-    let [_, keys, _] = k.dims();
-    let (heads, kv_heads, dim) = (spec.heads, spec.kv_heads, spec.head_dim);
-    let group = heads / kv_heads;
+    mix(attention_probabilities(q, k, spec), v, spec)
+}
+
+/// What each query takes of each key, `[batch, heads, seq, keys]`.
+pub fn attention_probabilities(q: Tensor<3>, k: Tensor<3>, spec: &AttentionSpec) -> Tensor<4> {
+    let [batch, seq, _] = q.dims();
+    let keys = k.dims()[1];
     let device = q.device();
-    let q = q.reshape([batch, seq, heads, dim]).swap_dims(1, 2);
-    let expand = |x: Tensor<3>| {
-        x.reshape([batch, keys, kv_heads, 1, dim])
-            .expand([batch, keys, kv_heads, group, dim])
-            .reshape([batch, keys, heads, dim])
-            .swap_dims(1, 2)
-    };
-    let (k, v) = (expand(k), expand(v));
+    let q = q.reshape([batch, seq, spec.heads, spec.head_dim]).swap_dims(1, 2);
+    let k = per_query_head(k, spec);
     let mut scores = q.matmul(k.swap_dims(2, 3)) * spec.scale as f64;
     if let Some(cap) = spec.softcap {
         scores = (scores / cap as f64).tanh() * cap as f64;
@@ -110,7 +107,24 @@ pub fn attention(q: Tensor<3>, k: Tensor<3>, v: Tensor<3>, spec: &AttentionSpec)
         scores =
             scores + Tensor::<4>::from_data(TensorData::new(mask, [batch, 1, seq, keys]), &device);
     }
-    act::softmax(scores, 3).matmul(v).swap_dims(1, 2).reshape([batch, seq, width])
+    act::softmax(scores, 3)
+}
+
+/// Values in the shares of `probabilities` `[batch, heads, seq, keys]`: `[batch, seq, heads * head_dim]`.
+pub fn mix(probabilities: Tensor<4>, v: Tensor<3>, spec: &AttentionSpec) -> Tensor<3> {
+    let [batch, heads, seq, _] = probabilities.dims();
+    let v = per_query_head(v, spec);
+    probabilities.matmul(v).swap_dims(1, 2).reshape([batch, seq, heads * spec.head_dim])
+}
+
+/// Keys or values `[batch, heads, keys, head_dim]`, repeated for the query heads that share them.
+fn per_query_head(x: Tensor<3>, spec: &AttentionSpec) -> Tensor<4> {
+    let (heads, kv_heads, dim) = (spec.heads, spec.kv_heads, spec.head_dim);
+    let [batch, keys, _] = x.dims();
+    x.reshape([batch, keys, kv_heads, 1, dim])
+        .expand([batch, keys, kv_heads, heads / kv_heads, dim])
+        .reshape([batch, keys, heads, dim])
+        .swap_dims(1, 2)
 }
 
 /// Table look-up, see [`super::embedding`].

@@ -127,6 +127,24 @@ impl VisionTransformer {
 
     /// The residual stream after the last block.
     fn stream(&self, images: Tensor<4>, run: &mut Run) -> Result<Tensor<3>> {
+        let mut x = self.embed(images)?;
+        let context = Self::context();
+        for (index, block) in self.blocks.iter().enumerate() {
+            x = block.forward(x, &context, index, run);
+        }
+        Ok(x)
+    }
+
+    /// What the blocks of a pass share.
+    pub fn context() -> Context {
+        Context { start: 0, rope: None, causal: false, lengths: None, prefix: None }
+    }
+
+    /// Images to the residual stream before the first block, `[batch, patches + 1, hidden]`.
+    ///
+    /// # Errors
+    /// As [`Self::features`].
+    pub fn embed(&self, images: Tensor<4>) -> Result<Tensor<3>> {
         let [hidden, channels, patch, _] = self.patches.shape().dims();
         super::check(&images, channels, self.image_size)?;
         let batch = images.dims()[0];
@@ -139,11 +157,6 @@ impl VisionTransformer {
         let weight = self.patches.val().reshape([hidden, channels * patch * patch]);
         let tokens = ops::linear(unfolded, weight, Some(self.patch_bias.val()));
         let class = self.class_token.val().expand([batch, 1, hidden]);
-        let mut x = Tensor::cat(vec![class, tokens], 1) + self.positions.val();
-        let context = Context { start: 0, rope: None, causal: false, lengths: None, prefix: None };
-        for (index, block) in self.blocks.iter().enumerate() {
-            x = block.forward(x, &context, index, run);
-        }
-        Ok(x)
+        Ok(Tensor::cat(vec![class, tokens], 1) + self.positions.val())
     }
 }

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use refit_methods::method::Need;
+use refit_methods::quantize::activations;
 use refit_methods::registry;
 use refit_nn::Decoder;
+use refit_nn::rounding::Rounder;
 use refit_store::adapter::Adapter;
 use refit_store::{Artifact, Lineage, hash};
-use refit_train::eval::{self, Options, Reference, ReferenceCache, Segment};
+use refit_train::eval::{self, CausalLm, Options, Reference, ReferenceCache, Rounded, Segment};
 use refit_train::stats;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -331,9 +333,15 @@ impl<'a> Runner<'a> {
         let mut cache: Option<(Vec<Segment>, Option<ReferenceCache>)> = None;
         let (mut arms, mut spent, mut all_reused) = (Vec::new(), 0.0, true);
         for model in models {
+            // A model that is gone was measured before, or is missed below.
+            let rounder = match Artifact::open(self.base(model)) {
+                Ok(artifact) => activations::stated(&artifact)?,
+                Err(_) => Rounder::default(),
+            };
             let identity = identity(json!({
                 "refit": env!("CARGO_PKG_VERSION"),
                 "eval": hash_of(model),
+                "activations": rounder.roundings,
                 "reference": reference.as_deref().and_then(hash_of),
                 "text": text_sha256,
                 "window": window,
@@ -361,7 +369,9 @@ impl<'a> Runner<'a> {
                 0 => self.app.progress.begin(&format!("eval {model}"), total, "windows"),
                 _ => self.app.progress.set(done, Some(total)),
             };
-            let found = eval::perplexity(&decoder, segments, &options, against, &progress);
+            let rounded = Rounded { model: &decoder, rounder: &rounder };
+            let runs: &dyn CausalLm = if rounder.is_empty() { &decoder } else { &rounded };
+            let found = eval::perplexity(runs, segments, &options, against, &progress);
             self.app.progress.end();
             let found = found?;
             let arm = Arm {

@@ -1,6 +1,9 @@
 //! `refit eval MODEL --text FILE...`: perplexity on text, and KL to a reference.
 
-use refit_train::eval::{self, Options, Perplexity, Reference, Segment};
+use refit_methods::quantize::activations;
+use refit_nn::rounding::{Rounder, Rounding};
+use refit_store::Artifact;
+use refit_train::eval::{self, CausalLm, Options, Perplexity, Reference, Rounded, Segment};
 use serde_json::json;
 
 use crate::cli::App;
@@ -31,6 +34,61 @@ pub struct Args {
     /// Measure the KL divergence from this model's predictions
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
+    /// Round activations while the model runs: `stated` as the model says in its configuration or its record of
+    /// quantization, `none` not at all, `int2` to `int8` the inputs of all linears, token by token
+    #[arg(long, value_name = "HOW", default_value = "stated")]
+    activations: Activations,
+}
+
+/// What `--activations` asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Activations {
+    Stated,
+    None,
+    Token(u8),
+}
+
+impl std::str::FromStr for Activations {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("int").and_then(|bits| bits.parse().ok())) {
+            ("stated", _) => Ok(Self::Stated),
+            ("none", _) => Ok(Self::None),
+            (_, Some(bits @ 2..=8)) => Ok(Self::Token(bits)),
+            _ => Err("expected stated, none, or int2 to int8".into()),
+        }
+    }
+}
+
+impl Activations {
+    fn rounder(self, artifact: &Artifact) -> Result<Rounder> {
+        match self {
+            Self::Stated => Ok(activations::stated(artifact)?),
+            Self::None => Ok(Rounder::default()),
+            Self::Token(bits) => Ok(activations::per_token(artifact, bits)),
+        }
+    }
+}
+
+/// Bits and kind of what is rounded, in words.
+pub fn describe(rounder: &Rounder) -> String {
+    let mut kinds: Vec<String> = rounder
+        .roundings
+        .values()
+        .map(|rounding| {
+            let kind = match rounding {
+                Rounding::Token { .. } => "per token",
+                Rounding::Tensor { .. } => "fixed per tensor",
+                Rounding::Channel { .. } | Rounding::ChannelDynamic { .. } => "per channel",
+                Rounding::Log2 { .. } | Rounding::LogSqrt2 { .. } => "in powers",
+            };
+            format!("{} bits {kind}", rounding.bits())
+        })
+        .collect();
+    kinds.sort();
+    kinds.dedup();
+    format!("{} rounded ({})", rounder.roundings.len(), kinds.join(", "))
 }
 
 /// Tokens per window where nothing else is asked for.
@@ -62,9 +120,12 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         }
         None => None,
     };
+    let rounder = args.activations.rounder(&model.artifact)?;
     let decoder = engine::load_adapted(app, &model.artifact, &adapters, "eval")?;
+    let rounded = Rounded { model: &decoder, rounder: &rounder };
+    let runs: &dyn CausalLm = if rounder.is_empty() { &decoder } else { &rounded };
     let reference = reference.as_ref().map_or(Reference::None, |other| Reference::Model(other));
-    let found = measure(app, &decoder, ids, &options, reference, &args.model)
+    let found = measure(app, runs, ids, &options, reference, &args.model)
         .map_err(|failure| inputs::blame_weights(&model.artifact, failure))?;
     let mut facts = vec![
         ("perplexity", with_interval(&found)),
@@ -77,6 +138,9 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if let Some(share) = found.top1_agreement {
         facts.push(("same top token", format!("{:.2} %", share * 100.0)));
     }
+    if !rounder.is_empty() {
+        facts.push(("activations", describe(&rounder)));
+    }
     facts.push(("speed", format!("{:.0} tokens/s", found.tokens_per_second)));
     let json = json!({
         "perplexity": found.perplexity,
@@ -88,6 +152,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         "top1_accuracy": found.top1_accuracy,
         "interval": found.interval.map(|i| [i.low, i.high]),
         "window": window,
+        "activations": if rounder.is_empty() { None } else { Some(describe(&rounder)) },
         "text": texts.iter().map(|t| json!({"source": t.source, "sha256": t.sha256()})).collect::<Vec<_>>(),
     });
     Ok(Outcome::new(json, output::facts(facts)))
@@ -123,7 +188,7 @@ pub fn check_window(
 /// Scores `ids` with progress.
 pub fn measure(
     app: &App,
-    model: &refit_nn::Decoder,
+    model: &dyn CausalLm,
     ids: Vec<u32>,
     options: &Options,
     reference: Reference,

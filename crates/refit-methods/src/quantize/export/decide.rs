@@ -173,6 +173,9 @@ pub fn describe(decisions: &[Decision], plan: &mut Plan) {
                 )
             }
             (How::Quantize, _) => format!("quantize to {} (values change)", decision.dtype),
+            (How::Made(_), _) if super::inputs::linear_of(&decision.name).is_some() => {
+                "say the fixed scale of an input".to_owned()
+            }
             (How::Made(_), _) => format!("make `{}`", decision.name),
         };
         *kinds.entry(what).or_default() += 1;

@@ -30,8 +30,11 @@ use crate::method::{
     Plan, PlannedTensor, Taxonomy, Touches, Unit,
 };
 
+use crate::quantize::activations;
+
 mod blocks;
 mod decide;
+mod inputs;
 pub(crate) mod lattices;
 mod packed;
 mod prove;
@@ -80,8 +83,10 @@ pub enum Layout {
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum Activations {
-    /// Nothing.
+    /// What the model states of them, where the format has the word: 8 bits, per token or with a fixed scale.
     #[default]
+    Stated,
+    /// Nothing.
     None,
     /// Round them to 8 bits, with a scale for every token, while the model runs (W8A8).
     Int8,
@@ -229,7 +234,7 @@ impl Export {
             if self.layout != Layout::Auto {
                 return only("--layout", "compressed-tensors");
             }
-            if self.activations != Activations::None {
+            if self.activations == Activations::Int8 {
                 return only("--activations", "compressed-tensors");
             }
         }
@@ -290,6 +295,15 @@ impl Method for Export {
                     bytes,
                     action,
                 });
+            }
+        }
+        if self.to != Target::CompressedTensors && self.activations == Activations::Stated {
+            let stated = activations::stated(&model.artifact)?;
+            if !stated.is_empty() {
+                plan.notes.push(format!(
+                    "the model states how {} activations are rounded; only --to compressed-tensors has a word for it",
+                    stated.roundings.len()
+                ));
             }
         }
         plan.tensors.sort_by(|a, b| a.name.cmp(&b.name));

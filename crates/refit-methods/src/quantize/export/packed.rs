@@ -8,12 +8,14 @@ use refit_store::{DType, SideFile};
 use serde_json::{Value, json};
 
 use super::decide::{Decision, How, Packing, Parts, float_of};
+use super::inputs::{self, Said};
 use super::lattices::{self, Found};
 use super::{Activations, CheckpointFormat, Export, Layout, NAME, Target};
 use crate::emit::serialize;
 use crate::error::{Error, Result};
 use crate::inputs::ModelInput;
 use crate::method::Plan;
+use crate::quantize::activations;
 use crate::rewrite::{linears, shape_of};
 
 /// Decides about every tensor: linears on a grid are packed, everything else stays as it is.
@@ -45,9 +47,12 @@ pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Ve
     }
     let packing = match export.to {
         Target::Gptq => gptq(export, model, &packed, plan)?,
-        _ => compressed(export, &packed)?,
+        _ => compressed(export, model, &packed, plan)?,
     };
-    let mut decisions = Vec::new();
+    let mut decisions = match export.to {
+        Target::Gptq => Vec::new(),
+        _ => said(export, model, &packed, &mut Vec::new())?.parts(),
+    };
     for info in model.artifact.tensors() {
         decisions.push(match packing.get(&info.name) {
             Some(&(own, packing)) => Decision {
@@ -70,9 +75,14 @@ pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Ve
 /// The source's grid and the packing of every packed linear.
 type Packings = BTreeMap<String, (Lattice, Packing)>;
 
-fn compressed(export: &Export, packed: &[(&Site, Found)]) -> Result<Packings> {
+fn compressed(
+    export: &Export,
+    model: &ModelInput,
+    packed: &[(&Site, Found)],
+    plan: &mut Plan,
+) -> Result<Packings> {
     let narrow = packed.iter().find(|(_, found)| found.lattice.bits != 8);
-    let int8 = export.activations == Activations::Int8;
+    let int8 = said(export, model, packed, &mut plan.notes)? != Said::Nothing;
     let parts = match (export.layout, int8, narrow) {
         (Layout::IntQuantized, _, None) | (Layout::Auto, true, None) => Parts::Bytes,
         (Layout::IntQuantized, _, Some((site, found))) | (_, true, Some((site, found))) => {
@@ -167,7 +177,19 @@ pub fn side_files(
     let mut files = model.artifact.side_files().to_vec();
     let settings = match export.to {
         Target::Gptq => gptq_settings(export, decisions),
-        _ => compressed_settings(export, model, decisions),
+        _ => {
+            let sites = linears(model)?;
+            let packed = |site: &&Site| is_packed(decisions, &site.name);
+            let packed: Vec<&Site> = sites.into_iter().filter(packed).collect();
+            let bytes = decisions.iter().any(|d| d.packed.is_some_and(|p| p.parts == Parts::Bytes));
+            let asked = match export.activations {
+                // Decided while planning: see `said`.
+                Activations::Stated if !bytes => Activations::None,
+                asked => asked,
+            };
+            let said = inputs::decide(asked, model, &packed, &mut Vec::new())?;
+            compressed_settings(model, decisions, &said)
+        }
     };
     let mut config = model.artifact.config().raw().clone();
     config.retain(|key, _| !matches!(key.as_str(), "quantization_config" | "compression_config"));
@@ -205,7 +227,34 @@ fn gptq_settings(export: &Export, decisions: &[Decision]) -> Value {
     })
 }
 
-fn compressed_settings(export: &Export, model: &ModelInput, decisions: &[Decision]) -> Value {
+/// What is said of the inputs of packed linears. Statements beside weights of other than 8 bits are left out.
+fn said(
+    export: &Export,
+    model: &ModelInput,
+    packed: &[(&Site, Found)],
+    notes: &mut Vec<String>,
+) -> Result<Said> {
+    let sites: Vec<&Site> = packed.iter().map(|(site, _)| *site).collect();
+    let narrow = packed.iter().any(|(_, found)| found.lattice.bits != 8);
+    let asked = match (export.activations, narrow || export.layout == Layout::PackQuantized) {
+        (Activations::Stated, true) => {
+            if !activations::stated(&model.artifact)?.is_empty() {
+                notes.push(
+                    "what the model states of activations is left out: it goes with weights of 8 bits in bytes only".into(),
+                );
+            }
+            Activations::None
+        }
+        (asked, _) => asked,
+    };
+    inputs::decide(asked, model, &sites, notes)
+}
+
+fn is_packed(decisions: &[Decision], name: &str) -> bool {
+    decisions.iter().any(|d| d.packed.is_some() && d.source.as_deref() == Some(name))
+}
+
+fn compressed_settings(model: &ModelInput, decisions: &[Decision], said: &Said) -> Value {
     // One configuration group for every grid.
     let mut grids: BTreeMap<(u8, bool, Option<usize>), Vec<&str>> = BTreeMap::new();
     let mut bytes = false;
@@ -216,12 +265,7 @@ fn compressed_settings(export: &Export, model: &ModelInput, decisions: &[Decisio
         grids.entry((lattice.bits, lattice.symmetric, group)).or_default().push(&decision.name);
     }
     let format = if bytes { "int-quantized" } else { "pack-quantized" };
-    let activations = match export.activations {
-        Activations::None => Value::Null,
-        Activations::Int8 => json!({
-            "num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true,
-        }),
-    };
+    let activations = said.settings();
     let single = grids.len() == 1;
     let groups: serde_json::Map<String, Value> = grids
         .into_iter()
@@ -253,9 +297,7 @@ fn compressed_settings(export: &Export, model: &ModelInput, decisions: &[Decisio
 
 /// Modules of class `Linear` that are not packed: the head, and linears on no grid.
 fn ignored(model: &ModelInput, decisions: &[Decision]) -> Vec<String> {
-    let packed = |name: &str| {
-        decisions.iter().any(|d| d.packed.is_some() && d.source.as_deref() == Some(name))
-    };
+    let packed = |name: &str| is_packed(decisions, name);
     let architecture = model.artifact.architecture();
     let mut names: Vec<String> = architecture
         .linears()

@@ -8,6 +8,7 @@ use refit_store::{Artifact, DType, convert};
 use serde_json::{Value, json};
 
 use super::decide::{Decision, How};
+use super::inputs;
 use super::lattices::rounding;
 use super::write::PIECE;
 use crate::error::{Error, Result};
@@ -75,7 +76,14 @@ pub fn prove(
 fn compare(model: &ModelInput, written: &Artifact, decision: &Decision) -> Result<Option<f64>> {
     let Some(source) = &decision.source else {
         let How::Made(values) = &decision.how else { return Ok(None) };
-        let found = written.read_f32(&decision.name)?;
+        let found = match inputs::linear_of(&decision.name) {
+            // Read back as a property of its linear.
+            Some((linear, scale)) => {
+                let stored = written.stored_input(&linear)?;
+                stored.into_iter().map(|(s, z)| if scale { s } else { z }).collect()
+            }
+            None => written.read_f32(&decision.name)?,
+        };
         return match found == *values {
             true => Ok(None),
             false => Err(mismatch(model, &decision.name, 0, f32::NAN, f32::NAN)),

@@ -39,6 +39,18 @@ impl GridRule {
         let group_of = order.iter().map(|j| j / group).collect();
         Self { grid, inputs, group, fixed, group_of }
     }
+
+    /// A rule with steps `[rows, inputs / group]` that were fitted before.
+    pub fn fixed(
+        grid: Grid,
+        inputs: usize,
+        group: usize,
+        steps: Vec<Step>,
+        order: &[usize],
+    ) -> Self {
+        let group_of = order.iter().map(|j| j / group).collect();
+        Self { grid, inputs, group, fixed: steps, group_of }
+    }
 }
 
 impl ColumnRule for GridRule {

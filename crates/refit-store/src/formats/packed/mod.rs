@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::storage::{Entry, View};
 
 pub use bits::{code_at, pack_stream, words_of};
+pub use open::group_of;
 pub(crate) use open::{Opened, open};
 
 /// How the codes of a linear are laid out.
@@ -50,6 +51,8 @@ pub(crate) struct Packed {
     pub zeros: Option<Entry>,
     /// The group of every input (`g_idx`), where it is not `i / group`.
     pub order: Option<Arc<[u32]>>,
+    /// Fixed scale and zero point of what the linear reads, where activations have one for all.
+    pub input: Option<(f32, f32)>,
 }
 
 impl Packed {
@@ -223,6 +226,17 @@ fn read(entry: &Entry, start: usize, len: usize) -> Result<Vec<u8>> {
     let mut bytes = vec![0; len];
     entry.read_raw(start as u64, &mut bytes)?;
     Ok(bytes)
+}
+
+/// The only value of a tensor.
+fn single(entry: &Entry) -> Result<Option<f32>> {
+    let dtype = entry.info.dtype;
+    if entry.info.numel() != 1 || matches!(dtype, DType::Ggml(_)) {
+        return Ok(None);
+    }
+    let mut value = [0.0];
+    convert::decode(dtype, &read(entry, 0, entry.info.nbytes as usize)?, &mut value);
+    Ok(Some(value[0]))
 }
 
 /// Integers of a small tensor.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::Value as Json;
 
 use super::bits::per_word;
-use super::{Packed, Scheme, integers, words_of};
+use super::{Packed, Scheme, integers, single, words_of};
 use crate::adapter::pattern::Pattern;
 use crate::artifact::TensorInfo;
 use crate::config::Config;
@@ -222,11 +222,24 @@ fn compressed(
         }
     }
     let order = order(parts.remove(&format!("{stem}.weight_g_idx")), group, inputs, groups)?;
-    Ok(Packed { scheme, bits, group, shape, codes, scales, zeros, order })
+    let input = input(stem, parts)?;
+    Ok(Packed { scheme, bits, group, shape, codes, scales, zeros, order, input })
 }
 
-/// The `weights` settings of the group whose targets name the linear: by name, by pattern, or by class.
-fn settings_of<'a>(stem: &str, settings: &'a Json) -> Result<&'a Json, Fail> {
+/// `input_scale` and `input_zero_point` of a linear; the latter is 0 where symmetric grids have none.
+fn input(stem: &str, parts: &mut HashMap<String, Entry>) -> Result<Option<(f32, f32)>, Fail> {
+    let mut value = |part: &str| -> Result<Option<f32>, Fail> {
+        let Some(entry) = parts.remove(&format!("{stem}.{part}")) else { return Ok(None) };
+        let found = single(&entry)?;
+        let shape = &entry.info.shape;
+        found.map(Some).ok_or_else(|| Fail::Rule(format!("`{part}` is {shape:?}, not one number")))
+    };
+    let (scale, zero) = (value("input_scale")?, value("input_zero_point")?);
+    Ok(scale.map(|scale| (scale, zero.unwrap_or(0.0))))
+}
+
+/// The group of compressed-tensors' `quantization_config` whose targets name the linear `stem`: by name, by pattern, or by class.
+pub fn group_of<'a>(stem: &str, settings: &'a Json) -> Option<&'a Json> {
     let groups = settings["config_groups"].as_object();
     let groups: Vec<&Json> = groups.into_iter().flatten().map(|(_, group)| group).collect();
     let targets = |group: &'a Json| {
@@ -240,7 +253,12 @@ fn settings_of<'a>(stem: &str, settings: &'a Json) -> Result<&'a Json, Fail> {
     };
     let by_name = groups.iter().find(|group| targets(group).any(named));
     let by_class = || groups.iter().find(|group| targets(group).any(|target| target == "Linear"));
-    let found = by_name.or_else(by_class).map(|group| &group["weights"]);
+    by_name.or_else(by_class).copied()
+}
+
+/// The `weights` settings of the group that names the linear.
+fn settings_of<'a>(stem: &str, settings: &'a Json) -> Result<&'a Json, Fail> {
+    let found = group_of(stem, settings).map(|group| &group["weights"]);
     found.filter(|weights| weights.is_object()).ok_or_else(|| {
         Fail::Rule("it is packed, but no group of `quantization_config` names it".to_owned())
     })
@@ -292,5 +310,6 @@ fn gptq(stem: &str, settings: &Json, parts: &mut HashMap<String, Entry>) -> Resu
         scales,
         zeros: Some(zeros),
         order,
+        input: None,
     })
 }

@@ -3,6 +3,8 @@
 use burn::tensor::{Tensor, TensorData};
 use refit_data::images::{Preprocess, decode_image};
 use refit_methods::labelled::{Labelled, Part, class_names};
+use refit_methods::quantize::activations;
+use refit_nn::rounding::Rounder;
 use refit_nn::vision::Vision;
 use refit_nn::{BurnDevice, Model, Run, ops};
 use refit_store::Artifact;
@@ -21,6 +23,8 @@ type Pixels = (Vec<f32>, usize, usize);
 struct Classifier<'a> {
     artifact: &'a Artifact,
     model: Vision,
+    /// Activations are rounded as the model says.
+    rounder: Rounder,
     device: BurnDevice,
 }
 
@@ -65,7 +69,14 @@ pub fn run(app: &App, artifact: &Artifact, args: &Args) -> Result<Outcome> {
 impl<'a> Classifier<'a> {
     fn load(app: &App, artifact: &'a Artifact) -> Result<Self> {
         match engine::load(app, artifact)? {
-            Model::Vision(model) => Ok(Self { artifact, model, device: engine::device(app)? }),
+            Model::Vision(model) => {
+                let rounder = activations::stated(artifact)?;
+                if !rounder.is_empty() {
+                    let what = crate::verbs::eval::describe(&rounder);
+                    app.progress.note(&format!("activations: {what}, as the model states"));
+                }
+                Ok(Self { artifact, model, rounder, device: engine::device(app)? })
+            }
             _ => Err(engine::wrong_kind(artifact, "classify", "no image model", "refit inspect")),
         }
     }
@@ -89,7 +100,12 @@ impl<'a> Classifier<'a> {
         let channels = values.len() / (count * height * width).max(1);
         let data = TensorData::new(values, [count, channels, height, width]);
         let image = Tensor::<4>::from_data(data, &self.device);
-        let logits = self.model.forward(image, &mut Run::plain())?;
+        let mut tap = &self.rounder;
+        let mut run = match self.rounder.is_empty() {
+            true => Run::plain(),
+            false => Run::tapped(&mut tap),
+        };
+        let logits = self.model.forward(image, &mut run)?;
         let classes = logits.dims()[1];
         check_finite(self.artifact, Scored { logits: ops::to_vec(&logits), classes }, name)
     }
