@@ -5,7 +5,8 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
-use faer::{Diag, Mat, MatRef, Par};
+use faer::diag::Diag;
+use faer::{Mat, MatRef, Par};
 use refit_data::rng::Rng;
 
 use crate::linalg::{Strided, multiply_add};

@@ -8,8 +8,8 @@ use crate::block::{Block, Context};
 use crate::checkpoint;
 use crate::config::TransformerConfig;
 use crate::error::{Error, Result};
-use crate::load::Loader;
-use crate::operator::{Embedding, Linear, Norm};
+use crate::load::{Loader, Weights};
+use crate::operator::{Embedding, Linear, Norm, Operator};
 use crate::ops;
 use crate::run::Run;
 use crate::side::{self, Prefix};
@@ -198,7 +198,15 @@ impl Decoder {
     /// # Errors
     /// Unsupported model types, incomplete configs, missing or mis-shaped tensors.
     pub fn load(artifact: &Artifact, device: &Device) -> Result<Self> {
-        let loader = Loader::new(artifact, device)?;
+        Self::load_as(artifact, device, Weights::Float)
+    }
+
+    /// Loads a decoder whose quantized weights are held as `weights` says.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_as(artifact: &Artifact, device: &Device, weights: Weights) -> Result<Self> {
+        let loader = Loader::new(artifact, device)?.holding(weights);
         loader.decode_ahead()?;
         let blocks = (0..loader.config().layers).map(|i| loader.block(i)).collect::<Result<_>>()?;
         Ok(Self { frame: Frame::load(&loader)?, blocks })
@@ -294,6 +302,16 @@ impl Decoder {
         let x = self.hidden(ids, batch, run)?;
         let [batch, seq, width] = x.dims();
         Ok(self.frame.logits(x.slice([0..batch, seq - 1..seq, 0..width]), run))
+    }
+
+    /// Matrices that stay packed, and bytes that they take; see [`crate::packed`].
+    pub fn packed(&self) -> (usize, usize) {
+        let linears = self.blocks.iter().flat_map(Block::linears).chain(&self.frame.head);
+        let packed = linears.filter_map(|linear| match &linear.op {
+            Operator::Packed(packed) => Some(packed.matrix.bytes()),
+            _ => None,
+        });
+        packed.fold((0, 0), |(count, bytes), more| (count + 1, bytes + more))
     }
 
     /// The linear at `site` (tensor name with or without `.weight`), to be changed.

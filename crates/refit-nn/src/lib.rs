@@ -20,6 +20,7 @@ pub mod named;
 mod names;
 pub mod operator;
 pub mod ops;
+pub mod packed;
 pub mod rounding;
 pub mod run;
 pub mod scratch;

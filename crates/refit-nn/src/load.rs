@@ -1,7 +1,7 @@
 //! Bringing an artifact to life: whole models, or one block at a time.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use burn::module::Param;
 use burn::tensor::{AllocationProperty, Bytes, DType, Device, Shape, Tensor, TensorData};
@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::names::{Names, names};
 use crate::operator::{Embedding, Linear, Norm, NormKind};
 use crate::ops::AttentionSpec;
+use crate::packed::{PackedMatrix, SharedMatrix};
 
 /// How a family's files store the matrix of a linear: GPT-2 keeps its projections `[in, out]`. With [`stored`], the only place
 /// that knows.
@@ -63,8 +64,21 @@ pub struct Loader<'a> {
     names: &'static Names,
     prefix: &'static str,
     device: Device,
+    weights: Weights,
     /// Tensors decoded ahead of time by [`Self::decode_ahead`].
     decoded: Mutex<HashMap<String, Vec<f32>>>,
+    /// Matrices packed ahead of time by [`Self::decode_ahead`].
+    packed: Mutex<HashMap<String, SharedMatrix>>,
+}
+
+/// How quantized weights are held in memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Weights {
+    /// Decoded to f32: exact, and the form that trains.
+    #[default]
+    Float,
+    /// In codes, where they are stored so and kernels read them ([`crate::packed`]); everything else as f32.
+    Packed,
 }
 
 impl<'a> Loader<'a> {
@@ -88,8 +102,17 @@ impl<'a> Loader<'a> {
             names,
             prefix,
             device: device.clone(),
+            weights: Weights::Float,
             decoded: Mutex::default(),
+            packed: Mutex::default(),
         })
+    }
+
+    /// The same loader, with quantized weights held as `weights` says.
+    #[must_use]
+    pub fn holding(mut self, weights: Weights) -> Self {
+        self.weights = weights;
+        self
     }
 
     /// The config of the transformer.
@@ -107,8 +130,25 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// Unreadable tensors.
     pub fn decode_ahead(&self) -> Result<()> {
-        let mut todo: Vec<_> =
-            self.artifact.tensors().iter().filter(|t| self.mapped(&t.name).is_none()).collect();
+        if self.weights == Weights::Packed {
+            let sites: Vec<&str> = self.packable().collect();
+            let packed: Result<Vec<_>> = sites
+                .par_iter()
+                .with_max_len(1)
+                .map(|name| Ok(self.pack(name)?.map(|matrix| ((*name).to_owned(), matrix))))
+                .collect();
+            *self.packed.lock().expect("invariant: no thread panics while holding it") =
+                packed?.into_iter().flatten().collect();
+        }
+        let is_packed = |name: &str| {
+            name != self.trunk(self.names.embed) + ".weight" && self.matrix(name).is_some()
+        };
+        let mut todo: Vec<_> = self
+            .artifact
+            .tensors()
+            .iter()
+            .filter(|t| self.mapped(&t.name).is_none() && !is_packed(&t.name))
+            .collect();
         // Largest first, so that no thread is left alone with the embedding at the end.
         todo.sort_by_key(|t| std::cmp::Reverse(t.numel()));
         let decoded: Result<HashMap<_, _>> = todo
@@ -118,6 +158,30 @@ impl<'a> Loader<'a> {
             .collect();
         *self.decoded.lock().expect("invariant: no thread panics while holding it") = decoded?;
         Ok(())
+    }
+
+    /// The matrices that may stay packed: linears of blocks, the head, and the embedding where it is the head.
+    fn packable(&self) -> impl Iterator<Item = &str> {
+        let head = format!("{}.weight", self.names.head);
+        let embed = self.trunk(self.names.embed) + ".weight";
+        let tied = self.config.tied;
+        let linears = self.artifact.architecture().linears().map(|site| &*site.name);
+        let outside = self.artifact.tensors().iter().map(|info| &*info.name);
+        linears.chain(outside.filter(move |name| *name == head || (tied && *name == embed)))
+    }
+
+    /// The codes of a matrix that is stored `[out, in]`, in the order of the kernels.
+    fn pack(&self, name: &str) -> Result<Option<SharedMatrix>> {
+        if layout_of(&self.config.model_type, name) != Layout::OutIn {
+            return Ok(None);
+        }
+        let coded = self.artifact.coded(name)?;
+        Ok(coded.as_ref().and_then(PackedMatrix::new).map(Arc::new))
+    }
+
+    /// A matrix that was packed ahead.
+    fn matrix(&self, name: &str) -> Option<SharedMatrix> {
+        self.packed.lock().expect("invariant: no thread panics while holding it").get(name).cloned()
     }
 
     /// What stands before the names of the trunk.
@@ -185,6 +249,13 @@ impl<'a> Loader<'a> {
     /// A linear `site` with `[outputs, inputs]`, and its bias where the artifact has one.
     pub(crate) fn linear(&self, site: String, outputs: usize, inputs: usize) -> Result<Linear> {
         let name = format!("{site}.weight");
+        if let Some(matrix) = self.matrix(&name) {
+            let found = vec![matrix.rows(), matrix.inputs()];
+            if found != [outputs, inputs] {
+                return Err(Error::Shape { name, found, expected: vec![outputs, inputs] });
+            }
+            return Ok(Linear::packed(site.clone(), matrix, self.bias(&site, outputs)?));
+        }
         let weight = if layout_of(&self.config.model_type, &site) == Layout::InOut {
             let values = crate::ops::to_vec(&self.tensor::<2>(&name, [inputs, outputs])?);
             let mut turned = vec![0.0; values.len()];
@@ -197,9 +268,14 @@ impl<'a> Loader<'a> {
         } else {
             self.tensor(&name, [outputs, inputs])?
         };
-        let bias = format!("{site}.bias");
-        let bias = if self.has(&bias) { Some(self.tensor(&bias, [outputs])?) } else { None };
+        let bias = self.bias(&site, outputs)?;
         Ok(Linear::dense(site, weight, bias))
+    }
+
+    /// The bias of a linear, where the artifact has one.
+    fn bias(&self, site: &str, outputs: usize) -> Result<Option<Tensor<1>>> {
+        let bias = format!("{site}.bias");
+        if self.has(&bias) { self.tensor(&bias, [outputs]).map(Some) } else { Ok(None) }
     }
 
     pub(crate) fn norm(&self, site: String, width: usize) -> Result<Norm> {
@@ -263,6 +339,10 @@ impl<'a> Loader<'a> {
     pub fn head(&self) -> Result<Option<Linear>> {
         let site = self.names.head.to_owned();
         if self.config.tied || !self.has(&format!("{site}.weight")) {
+            // The table that looks tokens up stays f32; as a head it is read whole for every token.
+            if let Some(matrix) = self.matrix(&(self.trunk(self.names.embed) + ".weight")) {
+                return Ok(Some(Linear::packed(site, matrix, None)));
+            }
             return if self.config.tied || self.config.vocab == 0 {
                 Ok(None)
             } else {

@@ -4,9 +4,10 @@
 //! the [`Operator`] of a site, never the code of the model around it.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::ops::ConvSpec;
+use crate::packed::SharedMatrix;
 use crate::run::Run;
 use crate::{adapt, ops};
 
@@ -26,6 +27,14 @@ pub struct LowRank {
     pub up: Param<Tensor<2>>,
 }
 
+/// A weight that stays in codes of a few bits; it does not train. See [`crate::packed`].
+#[derive(Module, Debug)]
+pub struct Packed {
+    /// The codes, `[out, in]`.
+    #[module(skip)]
+    pub matrix: SharedMatrix,
+}
+
 /// What computes `x · Wᵀ` at a site.
 #[derive(Module, Debug)]
 pub enum Operator {
@@ -33,6 +42,8 @@ pub enum Operator {
     Dense(Dense),
     /// A product of two thin matrices.
     LowRank(LowRank),
+    /// Codes.
+    Packed(Packed),
 }
 
 /// A linear layer: a site's operator and its bias.
@@ -64,8 +75,18 @@ impl Linear {
                 let down = run.linear(x, pair.down.val(), None);
                 run.linear(down, pair.up.val(), bias)
             }
+            Operator::Packed(packed) => ops::packed_linear(x, &packed.matrix, bias),
         };
         run.tap(|| format!("{}:out", self.site), y)
+    }
+
+    /// Shape `[out, in]` of the effective weight.
+    pub fn shape(&self) -> [usize; 2] {
+        match &self.op {
+            Operator::Dense(dense) => dense.weight.val().dims(),
+            Operator::LowRank(pair) => [pair.up.val().dims()[0], pair.down.val().dims()[1]],
+            Operator::Packed(Packed { matrix }) => [matrix.rows(), matrix.inputs()],
+        }
     }
 
     /// The effective weight `[out, in]`.
@@ -73,14 +94,24 @@ impl Linear {
         match &self.op {
             Operator::Dense(dense) => dense.weight.val(),
             Operator::LowRank(pair) => pair.up.val().matmul(pair.down.val()),
+            Operator::Packed(Packed { matrix }) => {
+                let data = TensorData::new(matrix.decode(), [matrix.rows(), matrix.inputs()]);
+                Tensor::from_data(data, &Device::flex())
+            }
         }
+    }
+
+    /// A linear whose weight stays packed.
+    pub fn packed(site: impl Into<String>, matrix: SharedMatrix, bias: Option<Tensor<1>>) -> Self {
+        let op = Operator::Packed(Packed { matrix });
+        Self { site: site.into(), op, bias: bias.map(Param::from_tensor) }
     }
 
     /// Replaces the operator by a dense one; `values` are row-major `[out, in]`.
     pub fn set_weight(&mut self, values: Vec<f32>, device: &Device) {
-        let [out, inner] = self.weight().dims();
+        let [out, inner] = self.shape();
         assert_eq!(values.len(), out * inner, "invariant: a weight keeps its shape");
-        let weight = Tensor::from_data(burn::tensor::TensorData::new(values, [out, inner]), device);
+        let weight = Tensor::from_data(TensorData::new(values, [out, inner]), device);
         self.op = Operator::Dense(Dense { weight: Param::from_tensor(weight) });
     }
 }

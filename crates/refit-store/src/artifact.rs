@@ -13,6 +13,7 @@ use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::formats::gguf;
+use crate::formats::packed::Packed;
 use crate::hash;
 use crate::lattice::{self, Lattice};
 use crate::layout::{self, Layout};
@@ -199,6 +200,14 @@ impl Artifact {
                 group: packed.group,
             }),
             (_, DType::Ggml(ggml)) => lattice::of_blocks(ggml),
+            _ => None,
+        })
+    }
+
+    /// The parts of a tensor that is stored packed.
+    pub(crate) fn packed_entry(&self, name: &str) -> Result<Option<&Packed>> {
+        Ok(match &self.entry(name)?.view {
+            View::Packed(packed) => Some(packed),
             _ => None,
         })
     }

@@ -8,6 +8,7 @@ pub mod architecture;
 pub mod artifact;
 pub mod card;
 pub mod census;
+pub mod codes;
 pub mod config;
 pub mod convert;
 pub mod dtype;

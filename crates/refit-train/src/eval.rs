@@ -54,7 +54,7 @@ pub trait CausalLm {
 
 impl Head for Frame {
     fn vocab(&self) -> usize {
-        self.head.as_ref().map_or_else(|| self.embed.rows(), |head| head.weight().dims()[0])
+        self.head.as_ref().map_or_else(|| self.embed.rows(), |head| head.shape()[0])
     }
 
     fn with_logits(&self, hidden: &Tensor<3>, positions: Range<usize>, f: &mut dyn FnMut(&[f32])) {

@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use refit_data::Tokenizer;
+use refit_nn::load::Weights;
 use refit_nn::{BurnDevice, Decoder, Model};
 use refit_store::Artifact;
 use refit_store::adapter::Adapter;
+use refit_store::architecture::Kind;
 
 use crate::cli::App;
 use crate::failure::{Failure, Result};
@@ -16,13 +18,62 @@ pub fn device(app: &App) -> Result<BurnDevice> {
     Ok(refit_nn::device(app.global.device.as_str())?)
 }
 
-/// Brings any model to life. Every tensor that its config promises must be there with its shape; tensors
-/// that the architecture does not have are said and left alone.
-pub fn load(app: &App, artifact: &Artifact) -> Result<Model> {
+/// How `--weights` wants quantized weights in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Held {
+    /// In the codes in which they are stored; activations are rounded to 8 bits on the way
+    Packed,
+    /// Decoded: exact
+    F32,
+}
+
+impl From<Held> for Weights {
+    fn from(held: Held) -> Self {
+        match held {
+            Held::Packed => Self::Packed,
+            Held::F32 => Self::Float,
+        }
+    }
+}
+
+/// Brings a language model to life with its weights held as `held` says.
+pub fn load_held(
+    app: &App,
+    artifact: &Artifact,
+    adapters: &[Adapter],
+    held: Held,
+    verb: &str,
+) -> Result<Decoder> {
+    if held == Held::F32 || artifact.architecture().kind != Kind::Decoder {
+        return load_adapted(app, artifact, adapters, verb);
+    }
+    if let Some(adapter) = adapters.first() {
+        return Err(Failure::usage(format!(
+            "--weights packed: {} changes weights, and packed ones stay as they are; leave --weights packed out, or merge the \
+             adapter first (refit apply merge-adapter)",
+            adapter.path().display()
+        )));
+    }
+    ready(app, artifact)?;
+    app.progress.begin("loading the model", 0, "");
+    let model = Decoder::load_as(artifact, &device(app)?, held.into());
+    app.progress.end();
+    model.map_err(|error| Failure::from(error).about(artifact.path()))
+}
+
+/// What is checked, and said, before any model is loaded.
+fn ready(app: &App, artifact: &Artifact) -> Result<()> {
     artifact.check_fit()?;
     if let Some(warning) = inputs::strays(artifact) {
         app.progress.note(&format!("warning: {warning}"));
     }
+    Ok(())
+}
+
+/// Brings any model to life. Every tensor that its config promises must be there with its shape; tensors
+/// that the architecture does not have are said and left alone.
+pub fn load(app: &App, artifact: &Artifact) -> Result<Model> {
+    ready(app, artifact)?;
     app.progress.begin("loading the model", 0, "");
     let model = Model::load(artifact, &device(app)?);
     app.progress.end();

@@ -15,9 +15,10 @@ pub mod sink;
 
 use std::ops::Range;
 
-use burn::tensor::{Bytes, DType, Shape, Tensor};
+use burn::tensor::{Bytes, DType, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor, Layout};
 
+use crate::packed::PackedMatrix;
 pub use compand::{Curve, compand};
 pub use conv::{ConvSpec, conv2d, conv2d_with, global_avg_pool2d, max_pool2d};
 pub(crate) use grad::tracked;
@@ -99,6 +100,20 @@ pub fn linear_in(
     }
     grad::linear(&x, &weight, bias.as_ref(), precision)
         .unwrap_or_else(|| compose::linear(x, weight, bias))
+}
+
+/// `x · Wᵀ + bias` for a weight in codes, `x [batch, seq, in]` rounded to 8 bits on the way; see [`crate::packed`]. Runs on the CPU
+/// whatever the device of `x`, and has no gradient.
+pub fn packed_linear(x: Tensor<3>, w: &PackedMatrix, bias: Option<Tensor<1>>) -> Tensor<3> {
+    let ([batch, seq, _], device) = (x.dims(), x.device());
+    let shape = Shape::from([batch, seq, w.rows()]);
+    let bias = bias.map(|bias| to_vec(&bias));
+    if let Some(x) = host(&x) {
+        return build(shape, |out| w.multiply(x.slice(), bias.as_deref(), out));
+    }
+    let mut out = vec![0.0; shape.num_elements()];
+    w.multiply(&to_vec(&x), bias.as_deref(), &mut out);
+    Tensor::from_data(TensorData::new(out, shape), &device)
 }
 
 /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension.

@@ -7,7 +7,7 @@ use refit_train::eval::{self, CausalLm, Options, Perplexity, Reference, Rounded,
 use serde_json::json;
 
 use crate::cli::App;
-use crate::engine;
+use crate::engine::{self, Held};
 use crate::failure::{Failure, Result};
 use crate::inputs::{self, Text};
 use crate::output::{self, Outcome};
@@ -38,6 +38,9 @@ pub struct Args {
     /// quantization, `none` not at all, `int2` to `int8` the inputs of all linears, token by token
     #[arg(long, value_name = "HOW", default_value = "stated")]
     activations: Activations,
+    /// How quantized weights are held in memory
+    #[arg(long, value_enum, value_name = "HOW", default_value = "f32")]
+    weights: Held,
 }
 
 /// What `--activations` asks for.
@@ -121,7 +124,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         None => None,
     };
     let rounder = args.activations.rounder(&model.artifact)?;
-    let decoder = engine::load_adapted(app, &model.artifact, &adapters, "eval")?;
+    let decoder = engine::load_held(app, &model.artifact, &adapters, args.weights, "eval")?;
     let rounded = Rounded { model: &decoder, rounder: &rounder };
     let runs: &dyn CausalLm = if rounder.is_empty() { &decoder } else { &rounded };
     let reference = reference.as_ref().map_or(Reference::None, |other| Reference::Model(other));

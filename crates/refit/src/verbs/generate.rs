@@ -7,7 +7,7 @@ use refit_nn::generate::{self, Options};
 use serde_json::json;
 
 use crate::cli::App;
-use crate::engine;
+use crate::engine::{self, Held};
 use crate::failure::{Failure, Result};
 use crate::inputs;
 use crate::output::Outcome;
@@ -47,6 +47,9 @@ pub struct Args {
     /// Go on after an end-of-text token
     #[arg(long)]
     ignore_eos: bool,
+    /// How quantized weights are held in memory [default: packed; f32 with adapters]
+    #[arg(long, value_enum, value_name = "HOW")]
+    weights: Option<Held>,
 }
 
 fn not_negative(text: &str) -> Result<f32, String> {
@@ -83,7 +86,11 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if ids.is_empty() {
         return Err(Failure::usage("--prompt: the prompt has no tokens; give at least one word"));
     }
-    let decoder = engine::load_adapted(app, &model.artifact, &adapters, "generate")?;
+    let held = args.weights.unwrap_or(match adapters.is_empty() {
+        true => Held::Packed,
+        false => Held::F32,
+    });
+    let decoder = engine::load_held(app, &model.artifact, &adapters, held, "generate")?;
     let options = Options {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -136,6 +143,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         "time_to_first_token": done.first_token_seconds,
         "prompt_tokens": ids.len(),
         "stopped": done.stopped,
+        "packed_matrices": decoder.packed().0,
     });
     Ok(Outcome::new(json, ""))
 }

@@ -16,6 +16,7 @@ mod open;
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use crate::codes::{Coded, Zeros};
 use crate::convert;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -90,12 +91,11 @@ impl Packed {
         Ok(())
     }
 
-    /// Whole rows from `first` on.
-    fn read_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
+    /// Codes of whole rows from `first` on, as they are stored; the middle of the codes is the zero point of a symmetric grid.
+    fn read_codes(&self, first: usize, out: &mut [f32]) -> Result<()> {
         let [outputs, inputs] = self.shape;
         let rows = out.len() / inputs;
         let offset = 1i32 << (self.bits - 1);
-        // Codes as they are stored; the offset of a symmetric grid is its zero point.
         match self.scheme {
             Scheme::PackQuantized { dense } => {
                 let words = self.codes.info.shape[1];
@@ -126,6 +126,34 @@ impl Packed {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// The whole matrix in codes; `None` where inputs are in no order of groups.
+    pub fn coded(&self) -> Result<Option<Coded>> {
+        let [rows, inputs] = self.shape;
+        if self.order.is_some() || self.group == 0 || !inputs.is_multiple_of(self.group) {
+            return Ok(None);
+        }
+        let mut codes = vec![0.0; rows * inputs];
+        self.read_codes(0, &mut codes)?;
+        let groups = self.groups();
+        let zeros = match self.zeros(0, rows, groups)? {
+            Some(zeros) => Zeros::Integer(zeros.into_iter().map(|z| z as u8).collect()),
+            None => Zeros::Constant(1 << (self.bits - 1)),
+        };
+        let codes = codes.into_iter().map(|code| code as u8).collect();
+        let (bits, group) = (self.bits, self.group);
+        let scales = self.scales(0, rows, groups)?;
+        Ok(Some(Coded { rows, inputs, bits, group, codes, scales, zeros }))
+    }
+
+    /// Whole rows from `first` on.
+    fn read_rows(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        let inputs = self.shape[1];
+        let rows = out.len() / inputs;
+        let offset = 1i32 << (self.bits - 1);
+        self.read_codes(first, out)?;
         let groups = self.groups();
         let scales = self.scales(first, rows, groups)?;
         let zeros = self.zeros(first, rows, groups)?;
