@@ -87,9 +87,7 @@ impl Attention {
         let (heads, kv_heads, dim) = (self.spec.heads, self.spec.kv_heads, self.spec.head_dim);
         let side = self.side.is_some().then(|| x.clone());
         let (mut q, mut k, v) = match &self.projections {
-            Projections::Separate(p) => {
-                (p.q.forward(x.clone(), run), p.k.forward(x.clone(), run), p.v.forward(x, run))
-            }
+            Projections::Separate(p) => Linear::forward_all([&p.q, &p.k, &p.v], x, run).into(),
             Projections::Fused(p) => {
                 split_qkv(p.qkv.forward(x, run), p.by_head, heads, kv_heads, dim)
             }
@@ -248,7 +246,7 @@ impl Ffn {
         match self {
             Self::Gated(mlp) => {
                 let (gate, up) = match &mlp.gate_up {
-                    GateUp::Separate(p) => (p.gate.forward(x.clone(), run), p.up.forward(x, run)),
+                    GateUp::Separate(p) => Linear::forward_all([&p.gate, &p.up], x, run).into(),
                     GateUp::Fused(both) => {
                         let x = both.forward(x, run);
                         let [batch, seq, width] = x.dims();

@@ -67,7 +67,14 @@ impl Cache {
             store.slice_assign([0..batch, len..total, 0..width], new)
         };
         let (keys, values) = (put(old_keys, keys), put(old_values, values));
-        let view = |x: &Tensor<3>| x.clone().slice([0..batch, 0..total, 0..width]);
+        let view = |x: &Tensor<3>| match batch {
+            // The first rows of a matrix are contiguous, and so need no copy.
+            1 => {
+                let rows = x.clone().reshape([x.dims()[1], width]).slice([0..total, 0..width]);
+                rows.reshape([1, total, width])
+            }
+            _ => x.clone().slice([0..batch, 0..total, 0..width]),
+        };
         let result = (view(&keys), view(&values));
         self.layers[index] = Some(Layer { keys, values, len: total });
         self.len = self.len.max(total);

@@ -80,6 +80,28 @@ impl Linear {
         run.tap(|| format!("{}:out", self.site), y)
     }
 
+    /// [`forward`](Self::forward) of several linears that read the same `x`; packed ones share the rounding of it.
+    pub fn forward_all<const N: usize>(
+        linears: [&Self; N],
+        x: Tensor<3>,
+        run: &mut Run,
+    ) -> [Tensor<3>; N] {
+        let packed = linears.map(|linear| match &linear.op {
+            Operator::Packed(packed) if run.tap.is_none() => Some((linear, &*packed.matrix)),
+            _ => None,
+        });
+        if packed.iter().all(Option::is_some) {
+            let weights = packed.map(|part| {
+                let (linear, matrix) = part.expect("invariant: all are packed");
+                (matrix, linear.bias.as_ref().map(|bias| bias.val()))
+            });
+            if let Some(outs) = ops::packed_linears(&x, weights) {
+                return outs;
+            }
+        }
+        linears.map(|linear| linear.forward(x.clone(), run))
+    }
+
     /// Shape `[out, in]` of the effective weight.
     pub fn shape(&self) -> [usize; 2] {
         match &self.op {

@@ -7,7 +7,7 @@ use gemm::Parallelism;
 use rayon::prelude::*;
 
 use super::simd::{erf, exp, fma, simd};
-use super::{Activation, AttentionSpec, Precision, bf16};
+use super::{Activation, AttentionSpec, Precision, bf16, decode};
 
 /// Rows up to which a product is a handful of dot products (decoding) rather than a matrix product.
 const MATVEC_ROWS: usize = 6;
@@ -312,9 +312,7 @@ pub fn attention(
         // because limit <= keys and the head offsets are below the row widths.
         unsafe {
             if count == 1 {
-                for (j, s) in scores.iter_mut().enumerate() {
-                    *s = dot(&q[..dim], &k[j * kv_width..j * kv_width + dim]);
-                }
+                decode::scores(&q[..dim], k, kv_width, &mut scores);
             } else {
                 gemm::gemm(
                     count,
@@ -349,6 +347,10 @@ pub fn attention(
                 );
             }
             let target = out.0.add((b * seq + first) * q_width + head * dim);
+            if count == 1 {
+                let target = std::slice::from_raw_parts_mut(target, dim);
+                return decode::weighted(&scores, v, kv_width, target);
+            }
             gemm::gemm(
                 count,
                 dim,

@@ -9,6 +9,7 @@ pub mod compand;
 pub mod compose;
 pub mod conv;
 pub mod cpu;
+mod decode;
 mod grad;
 pub mod simd;
 pub mod sink;
@@ -18,7 +19,7 @@ use std::ops::Range;
 use burn::tensor::{Bytes, DType, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor, Layout};
 
-use crate::packed::PackedMatrix;
+use crate::packed::{self, PackedMatrix, Product, Rounded};
 pub use compand::{Curve, compand};
 pub use conv::{ConvSpec, conv2d, conv2d_with, global_avg_pool2d, max_pool2d};
 pub(crate) use grad::tracked;
@@ -114,6 +115,32 @@ pub fn packed_linear(x: Tensor<3>, w: &PackedMatrix, bias: Option<Tensor<1>>) ->
     let mut out = vec![0.0; shape.num_elements()];
     w.multiply(&to_vec(&x), bias.as_deref(), &mut out);
     Tensor::from_data(TensorData::new(out, shape), &device)
+}
+
+/// [`packed_linear`] for several weights that read the same `x`: it is rounded once, and one pass over all rows of all weights
+/// serves them. `None` off the CPU.
+pub fn packed_linears<const N: usize>(
+    x: &Tensor<3>,
+    weights: [(&PackedMatrix, Option<Tensor<1>>); N],
+) -> Option<[Tensor<3>; N]> {
+    let [batch, seq, inputs] = x.dims();
+    let x = host(x)?;
+    let rounded = Rounded::new(x.slice(), inputs);
+    let bias = weights.each_ref().map(|(_, bias)| bias.as_ref().map(to_vec));
+    let mut outs = weights.each_ref().map(|(w, _)| vec![0.0f32; batch * seq * w.rows()]);
+    let mut products: Vec<Product> = weights
+        .iter()
+        .zip(&bias)
+        .zip(&mut outs)
+        .map(|(((matrix, _), bias), out)| Product { matrix, bias: bias.as_deref(), out })
+        .collect();
+    packed::multiply_all(&rounded, &mut products);
+    let rows = weights.map(|(w, _)| w.rows());
+    let mut rows = rows.into_iter();
+    Some(outs.map(|out| {
+        let rows = rows.next().expect("invariant: as many as outputs");
+        from_vec(out, Shape::from([batch, seq, rows]))
+    }))
 }
 
 /// `x / sqrt(mean(x²) + eps) * weight` over the last dimension.

@@ -112,6 +112,18 @@ fn place(width: u8, r: usize, i: usize) -> (usize, u32) {
     (within / 4 * CHUNK + r * 4 + within % 4, (field * usize::from(width)) as u32)
 }
 
+/// Puts a chunk of row `r` where [`place`] says.
+fn put<const WIDTH: usize>(row: &[u8; CHUNK], r: usize, out: &mut [u8]) {
+    let fields = 8 / WIDTH;
+    let run = CHUNK / fields;
+    for (v, out) in out.chunks_exact_mut(CHUNK).enumerate() {
+        for k in 0..4 {
+            let field = |f: usize| row[f * run + 4 * v + k] << (f * WIDTH);
+            out[4 * r + k] = (0..fields).fold(0, |byte, f| byte | field(f));
+        }
+    }
+}
+
 impl PackedMatrix {
     /// The matrix in the order of the kernels; `None` where groups are no whole chunks of 32 inputs.
     pub fn new(coded: &Coded) -> Option<Self> {
@@ -132,10 +144,13 @@ impl PackedMatrix {
         codes.par_chunks_mut(chunks * bytes).enumerate().for_each(|(tile, out)| {
             for r in 0..ROWS.min(rows - tile * ROWS) {
                 let row = &coded.codes[(tile * ROWS + r) * inputs..][..inputs];
-                for (c, row) in row.chunks(CHUNK).enumerate() {
-                    for (i, code) in row.iter().enumerate() {
-                        let (byte, shift) = place(width, r, i);
-                        out[c * bytes + byte] |= code << shift;
+                for (row, out) in row.chunks(CHUNK).zip(out.chunks_exact_mut(bytes)) {
+                    let mut whole = [0u8; CHUNK];
+                    whole[..row.len()].copy_from_slice(row);
+                    match width {
+                        2 => put::<2>(&whole, r, out),
+                        4 => put::<4>(&whole, r, out),
+                        _ => put::<8>(&whole, r, out),
                     }
                 }
             }
@@ -228,59 +243,102 @@ impl PackedMatrix {
         out: &mut [f32],
         kernel: Kernel,
     ) {
-        assert_eq!(x.chunks, self.chunks, "invariant: inputs of this matrix");
-        assert_eq!(out.len(), x.tokens * self.rows, "invariant: [tokens, rows]");
-        let (rows, tokens) = (self.rows, x.tokens);
-        let tiles = rows.div_ceil(ROWS);
-        // Enough work for a task, enough tasks for the threads.
-        let work = self.chunks * CHUNK * ROWS * tokens;
-        let least = (1usize << 17).div_ceil(work.max(1));
-        let tasks = tiles.div_ceil(4 * rayon::current_num_threads()).max(least).max(1);
-        let out = Shared(out.as_mut_ptr());
-        let run = |from: usize| {
-            let out = &out;
-            let mut sums = [[0f32; ROWS]; TOKENS];
-            for first in (0..tokens).step_by(TOKEN_BLOCK) {
-                let end = (first + TOKEN_BLOCK).min(tokens);
-                for tile in from..(from + tasks).min(tiles) {
-                    for token in (first..end).step_by(TOKENS) {
-                        let count = TOKENS.min(end - token);
-                        kernel.tile(self, tile, x, token, count, &mut sums);
-                        let row = tile * ROWS;
-                        for (t, sums) in sums[..count].iter().enumerate() {
-                            let lanes = ROWS.min(rows - row);
-                            // SAFETY: a task owns its tiles, and so these columns of every row of `out`, whose length is checked above.
-                            let out = unsafe {
-                                std::slice::from_raw_parts_mut(
-                                    out.0.add((token + t) * rows + row),
-                                    lanes,
-                                )
-                            };
-                            match bias {
-                                Some(bias) => {
-                                    let bias = &bias[row..row + lanes];
-                                    out.iter_mut()
-                                        .zip(sums.iter().zip(bias))
-                                        .for_each(|(o, (s, b))| *o = s + b);
-                                }
-                                None => out.copy_from_slice(&sums[..lanes]),
-                            }
+        multiply_by(x, &mut [Product { matrix: self, bias, out }], kernel);
+    }
+
+    fn tiles(&self) -> usize {
+        self.rows.div_ceil(ROWS)
+    }
+}
+
+/// One of several products with the same inputs.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// The weight, `[rows, inputs]`.
+    pub matrix: &'a PackedMatrix,
+    /// Added to every output, `[rows]`.
+    pub bias: Option<&'a [f32]>,
+    /// Where the result goes, `[tokens, rows]`.
+    pub out: &'a mut [f32],
+}
+
+/// Carries out several products with the same inputs, by all threads together.
+///
+/// # Panics
+/// When shapes do not fit: a bug in the caller.
+pub fn multiply_all(x: &Rounded, products: &mut [Product]) {
+    multiply_by(x, products, kernels::best());
+}
+
+fn multiply_by(x: &Rounded, products: &mut [Product], kernel: Kernel) {
+    for product in products.iter() {
+        assert_eq!(x.chunks, product.matrix.chunks, "invariant: inputs of this matrix");
+        assert_eq!(product.out.len(), x.tokens * product.matrix.rows, "invariant: [tokens, rows]");
+    }
+    // Enough work for a task, enough tasks for the threads.
+    let tiles: usize = products.iter().map(|product| product.matrix.tiles()).sum();
+    let work = x.chunks * CHUNK * ROWS * x.tokens;
+    let least = (1usize << 18).div_ceil(work.max(1));
+    let size = tiles.div_ceil(4 * rayon::current_num_threads()).max(least).max(1);
+    let mut tasks = Vec::new();
+    for product in products.iter_mut() {
+        let (matrix, bias) = (product.matrix, product.bias);
+        for from in (0..matrix.tiles()).step_by(size) {
+            let tiles = from..(from + size).min(matrix.tiles());
+            tasks.push(Task { matrix, bias, out: Shared(product.out.as_mut_ptr()), tiles });
+        }
+    }
+    match tiles <= size {
+        true => tasks.iter().for_each(|task| task.run(x, kernel)),
+        false => tasks.par_iter().with_max_len(1).for_each(|task| task.run(x, kernel)),
+    }
+}
+
+/// Some tiles of a product.
+struct Task<'a> {
+    matrix: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+    out: Shared,
+    tiles: std::ops::Range<usize>,
+}
+
+impl Task<'_> {
+    fn run(&self, x: &Rounded, kernel: Kernel) {
+        let rows = self.matrix.rows;
+        let mut sums = [[0f32; ROWS]; TOKENS];
+        for first in (0..x.tokens).step_by(TOKEN_BLOCK) {
+            let end = (first + TOKEN_BLOCK).min(x.tokens);
+            for tile in self.tiles.clone() {
+                let row = tile * ROWS;
+                let lanes = ROWS.min(rows - row);
+                for token in (first..end).step_by(TOKENS) {
+                    let count = TOKENS.min(end - token);
+                    kernel.tile(self.matrix, tile, x, token, count, &mut sums);
+                    for (t, sums) in sums[..count].iter().enumerate() {
+                        // SAFETY: a task owns its tiles, and so these columns of every row of `out`, whose length was checked.
+                        let out = unsafe {
+                            std::slice::from_raw_parts_mut(
+                                self.out.0.add((token + t) * rows + row),
+                                lanes,
+                            )
+                        };
+                        out.copy_from_slice(&sums[..lanes]);
+                        if let Some(bias) = self.bias {
+                            out.iter_mut().zip(&bias[row..]).for_each(|(o, b)| *o += b);
                         }
                     }
                 }
             }
-        };
-        match tasks >= tiles {
-            true => run(0),
-            false => (0..tiles.div_ceil(tasks)).into_par_iter().for_each(|task| run(task * tasks)),
         }
     }
 }
 
 /// A pointer that tasks write disjoint ranges through.
 struct Shared(*mut f32);
-// SAFETY: every task writes its own columns; see `multiply_rounded`.
+// SAFETY: every task writes its own columns; see `Task::run`.
 unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
 
 /// Inputs rounded to 8 bits, chunk by chunk.
 #[derive(Debug, Clone, PartialEq)]
