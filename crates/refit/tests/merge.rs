@@ -118,3 +118,42 @@ fn recipes_of_refit_name_a_base() {
     place.write("recipe.yaml", text.replace("    base: original\n", ""));
     place.refuses(&["run", "recipe.yaml"], 2, &["step `ties`", "`base`"]);
 }
+
+#[test]
+fn interference_is_measured_drawn_and_part_of_a_recipes_report() {
+    let place = Place::new();
+    relatives(&place);
+    let args = ["interference", "a", "b", "--base", "builtin:tiny"];
+    let found = place.run(&[&args[..], &["--html", "page.html", "--json"]].concat()).json();
+    assert_eq!(found["models"], serde_json::json!(["a", "b"]));
+    let cosine = found["overall"]["cosines"][0].as_f64().unwrap();
+    assert!(
+        cosine > 0.05 && cosine < 0.95,
+        "errors of two roundings have something in common: {cosine}"
+    );
+    let share = found["overall"]["sign_conflicts"].as_f64().unwrap();
+    assert!(share > 0.05 && share < 0.5, "{share}");
+    // Norms were left alone: no angle, no change.
+    let tensors = found["tensors"].as_array().unwrap();
+    let norm = tensors.iter().find(|tensor| tensor["role"] == "norm").unwrap();
+    assert_eq!(
+        (&norm["cosines"][0], &norm["sign_conflicts"]),
+        (&serde_json::Value::Null, &0.0.into())
+    );
+    let page = std::fs::read_to_string(place.path("page.html")).unwrap();
+    assert!(page.contains("Sign conflicts") && page.matches("class=\"cell\"").count() > 30);
+    place.refuses(&[&args[..], &["--html", "page.html"]].concat(), 2, &["page.html", "--force"]);
+    let text = place.run(&args).code(0).out;
+    assert!(text.contains("pulled both ways") && text.contains("q_proj"), "{text}");
+    place.refuses(&["interference", "a", "--base", "builtin:tiny"], 2, &["2"]);
+    let other = place.bert("bert");
+    let other = other.to_str().unwrap();
+    place.refuses(&["interference", "a", other, "--base", "builtin:tiny"], 2, &["bert"]);
+    // A merge in a recipe brings it along.
+    let steps = "name: x\ntitle: X\nsteps:\n  - pull: builtin:tiny\n    as: base\n  - apply: rtn\n    to: base\n    with: {bits: 4}\n    as: a\n  \
+                 - apply: rtn\n    to: base\n    with: {bits: 3}\n    as: b\n  - apply: ties\n    to: [a, b]\n    base: base\n    as: merged\n";
+    place.write("merge.yaml", steps);
+    place.run(&["run", "merge.yaml", "-o", "out"]).code(0);
+    let page = std::fs::read_to_string(place.path("out/report.html")).unwrap();
+    assert!(page.contains("Interference: ") && page.contains("Cosine of changes"));
+}

@@ -12,6 +12,7 @@ pub mod della;
 pub mod delta;
 pub mod fold;
 pub mod group;
+pub mod interference;
 pub mod karcher;
 pub mod kernel;
 pub mod linear;

@@ -44,7 +44,7 @@ simd! {
         let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
         let scale = most / 127.0;
         // A chunk that is not finite stays so: 0 x infinity and NaN are NaN in the product.
-        if !(scale > 0.0) || !scale.is_finite() {
+        if !scale.is_normal() {
             let bad = most.is_infinite() || x.iter().any(|x| x.is_nan());
             codes.fill(0);
             return (if bad { f32::NAN } else { 0.0 }, 0);

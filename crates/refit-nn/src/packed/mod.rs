@@ -363,19 +363,19 @@ impl Rounded {
         let (tokens, chunks) = (x.len() / inputs, inputs.div_ceil(CHUNK));
         let mut codes = vec![0i8; tokens * chunks * CHUNK];
         let (mut scales, mut sums) = (vec![0f32; tokens * chunks], vec![0i32; tokens * chunks]);
-        let fill =
-            |((x, codes), (scales, sums)): ((&[f32], &mut [i8]), (&mut [f32], &mut [i32]))| {
-                for (c, x) in x.chunks(CHUNK).enumerate() {
-                    (scales[c], sums[c]) =
-                        kernels::round_chunk(x, &mut codes[c * CHUNK..][..CHUNK]);
-                }
-            };
+        let row = |x: &[f32], codes: &mut [i8], scales: &mut [f32], sums: &mut [i32]| {
+            for (c, x) in x.chunks(CHUNK).enumerate() {
+                (scales[c], sums[c]) = kernels::round_chunk(x, &mut codes[c * CHUNK..][..CHUNK]);
+            }
+        };
         let parts = x.par_chunks(inputs).zip(codes.par_chunks_mut(chunks * CHUNK));
         let beside = scales.par_chunks_mut(chunks).zip(sums.par_chunks_mut(chunks));
         match tokens {
             0 => {}
-            1 => fill(((x, &mut codes), (&mut scales, &mut sums))),
-            _ => parts.zip(beside).with_min_len(16).for_each(fill),
+            1 => row(x, &mut codes, &mut scales, &mut sums),
+            _ => parts.zip(beside).with_min_len(16).for_each(|((x, codes), (scales, sums))| {
+                row(x, codes, scales, sums);
+            }),
         }
         Self { tokens, chunks, codes, scales, sums }
     }

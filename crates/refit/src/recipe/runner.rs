@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use refit_methods::method::Need;
+use refit_methods::method::{Family, Need};
 use refit_methods::quantize::activations;
 use refit_methods::registry;
 use refit_nn::Decoder;
@@ -26,7 +26,7 @@ use crate::cli::App;
 use crate::failure::{Failure, Result};
 use crate::inputs::{self, Text};
 use crate::verbs::apply::Request;
-use crate::verbs::{eval as eval_verb, write_atomically};
+use crate::verbs::{eval as eval_verb, interference, write_atomically};
 use crate::{engine, report};
 
 /// A recipe under way.
@@ -238,7 +238,12 @@ impl<'a> Runner<'a> {
                         force: out.exists(),
                         resume: true,
                     };
-                    let applied = request.run(self.app)?;
+                    let mut applied = request.run(self.app)?;
+                    if entry.info.family == Family::Merge && base.is_some() && to.len() > 1 {
+                        let inputs = request.inputs(self.app)?;
+                        let found = interference::of(self.app, &inputs)?;
+                        applied.output.report[report::interference::KEY] = json!(found);
+                    }
                     let made = Made::open(&out)?;
                     let mut artifact = ArtifactRecord {
                         name: name.to_owned(),

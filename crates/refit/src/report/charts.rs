@@ -362,6 +362,86 @@ pub fn stacked(rows: &[Stack], series: &[String], name: &str) -> String {
     out
 }
 
+/// A table of values that is drawn in colours.
+#[derive(Clone, Debug, Default)]
+pub struct Heat {
+    /// Labels of the rows.
+    pub rows: Vec<String>,
+    /// Labels of the columns.
+    pub columns: Vec<String>,
+    /// Row by row; `None` where there is nothing.
+    pub values: Vec<Vec<Option<f64>>>,
+}
+
+/// Cells in two colours: the second for values below 0, both stronger the further from it; `(low, high)` are the ends of the scale.
+pub fn heat(heat: &Heat, (low, high): (f64, f64), name: &str) -> String {
+    const WIDTH: f64 = 980.0;
+    const LABEL: f64 = 72.0;
+    let columns = heat.columns.len().max(1) as f64;
+    let row = if heat.rows.len() > 24 { 16.0 } else { 24.0 };
+    let cell = ((WIDTH - LABEL) / columns).min(120.0);
+    let top = 26.0;
+    let height = top + row * heat.rows.len() as f64 + 34.0;
+    let mut out = String::new();
+    let _ = write!(
+        out,
+        r#"<svg viewBox="0 0 {WIDTH} {height:.0}" role="img" aria-label="{0}"><title>{0}</title>"#,
+        Esc(name)
+    );
+    for (c, label) in heat.columns.iter().enumerate() {
+        let x = LABEL + cell * (c as f64 + 0.5);
+        let _ =
+            write!(out, r#"<text x="{x:.1}" y="16" text-anchor="middle">{}</text>"#, Esc(label));
+    }
+    let strength = |value: f64| {
+        let end = if value < 0.0 { low.abs() } else { high };
+        (value.abs() / end.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
+    };
+    let mut square = |x: f64, y: f64, (width, height): (f64, f64), value: f64, title: &str| {
+        let colour = if value < 0.0 { 2 } else { 1 };
+        let _ = write!(
+            out,
+            r#"<rect class="cell" x="{x:.1}" y="{y:.1}" width="{width:.1}" height="{height:.1}" rx="2"/><rect class="f{colour}" opacity="{:.2}" x="{x:.1}" y="{y:.1}" width="{width:.1}" height="{height:.1}" rx="2"><title>{}</title></rect>"#,
+            0.04 + 0.96 * strength(value),
+            Esc(title)
+        );
+    };
+    for (r, values) in heat.values.iter().enumerate() {
+        let y = top + row * r as f64;
+        for (c, value) in values.iter().enumerate() {
+            if let Some(value) = value {
+                let title = format!("{} {}: {value:.3}", heat.rows[r], heat.columns[c]);
+                let x = LABEL + cell * c as f64;
+                square(x + 0.75, y + 0.75, (cell - 1.5, row - 1.5), *value, &title);
+            }
+        }
+    }
+    // The scale, in nine steps.
+    let y = height - 16.0;
+    let steps = 9;
+    for step in 0..steps {
+        let value = low + (high - low) * step as f64 / (steps - 1) as f64;
+        square(LABEL + 22.0 * step as f64, y, (20.0, 12.0), value, &format!("{value:.2}"));
+    }
+    for (r, label) in heat.rows.iter().enumerate() {
+        let y = top + row * (r as f64 + 0.5) + 4.5;
+        let x = LABEL - 10.0;
+        let _ =
+            write!(out, r#"<text x="{x:.1}" y="{y:.1}" text-anchor="end">{}</text>"#, Esc(label));
+    }
+    let end = LABEL + 22.0 * steps as f64 + 6.0;
+    let _ = write!(
+        out,
+        r#"<text x="{:.1}" y="{2:.1}" text-anchor="end">{3}</text><text x="{end:.1}" y="{1:.1}">{4}</text></svg>"#,
+        LABEL - 10.0,
+        y + 10.5,
+        y + 10.5,
+        tick(low),
+        tick(high)
+    );
+    out
+}
+
 /// Opacity of the n-th of `count` ordered series: the first is the strongest.
 fn shade(n: usize, count: usize) -> f64 {
     1.0 - 0.8 * n as f64 / count.max(1) as f64

@@ -2,6 +2,7 @@
 
 pub mod charts;
 pub mod html;
+pub mod interference;
 mod lines;
 pub mod number;
 mod scale;
@@ -56,6 +57,7 @@ pub fn render(run: &RunRecord, theme: Theme) -> String {
         sections::table(&mut page, run, evaluation);
     }
     training::section(&mut page, run);
+    interference::section(&mut page, run);
     sections::lineage(&mut page, run);
     sections::reproduce(&mut page, run);
     sections::machine(&mut page, run);

@@ -211,7 +211,7 @@ pub(super) fn table(page: &mut String, run: &RunRecord, evaluation: &Evaluation)
 }
 
 pub(super) fn lineage(page: &mut String, run: &RunRecord) {
-    if run.artifacts.is_empty() {
+    if run.artifacts.iter().all(|artifact| artifact.content_hash.is_empty()) {
         return;
     }
     page.push_str(

@@ -225,7 +225,8 @@ pub struct Applied {
 }
 
 impl Request {
-    fn inputs(&self, app: &App) -> Result<Inputs> {
+    /// Everything that the method reads, opened.
+    pub fn inputs(&self, app: &App) -> Result<Inputs> {
         let (mut models, mut adapters) = (Vec::new(), Vec::new());
         // The base comes first: its configuration goes along.
         for source in self.sources() {
@@ -454,7 +455,7 @@ fn push_lines(text: &mut String, kind: &str, lines: &[String]) {
 }
 
 /// Methods' progress, shown as the binary shows progress.
-struct Bars(Arc<Progress>);
+pub struct Bars(pub Arc<Progress>);
 
 impl refit_methods::method::Progress for Bars {
     fn begin(&self, stage: &str, total: u64, unit: Unit) {

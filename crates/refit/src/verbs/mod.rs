@@ -14,6 +14,7 @@ pub mod export;
 pub mod filter;
 pub mod generate;
 pub mod inspect;
+pub mod interference;
 pub mod lineage;
 pub mod methods;
 pub mod pull;
