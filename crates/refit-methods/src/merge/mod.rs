@@ -22,6 +22,7 @@ pub mod model_stock;
 pub mod multislerp;
 pub mod nearswap;
 pub mod nuslerp;
+pub mod opcm;
 pub mod passthrough;
 pub mod program;
 pub mod sce;
@@ -56,6 +57,7 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<arcee_fusion::ArceeFusion>(),
     Entry::of::<nearswap::Nearswap>(),
     Entry::of::<passthrough::Passthrough>(),
+    Entry::of::<opcm::Opcm>(),
 ];
 
 /// The methods that a mergekit recipe can name.
