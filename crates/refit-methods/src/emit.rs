@@ -283,7 +283,8 @@ pub fn describe_adapter(
     cx: &Context,
     report: &Value,
 ) -> Result<(Lineage, Card)> {
-    let parents = parents(inputs, fingerprints)?;
+    let mut parents = parents(inputs, fingerprints)?;
+    parents.extend(adapter_parents(&inputs.adapters)?);
     let (lineage, mut card) = describe(parents, inputs, plan, cx, report)?;
     card.relation = Some(Relation::Adapter);
     card.library = "peft".into();

@@ -12,6 +12,11 @@ pub fn hex(bytes: &[u8]) -> String {
     format(&Sha256::digest(bytes))
 }
 
+/// BLAKE3 of bytes.
+pub fn blake3_hex(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_hex().to_string()
+}
+
 /// sha256 of all that a reader gives.
 pub fn reader(mut reader: impl Read) -> io::Result<String> {
     let mut hasher = Sha256::new();

@@ -16,6 +16,7 @@
 pub mod activations;
 pub mod awq;
 pub mod chain;
+pub mod compeft;
 pub mod export;
 pub mod finequant;
 pub mod fold;
@@ -41,5 +42,7 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<awq::Awq>(),
     Entry::of::<smoothquant::SmoothQuant>(),
     Entry::of::<repquant::RepQuant>(),
+    Entry::of::<compeft::Compeft>(),
+    Entry::of::<compeft::decompress::Decompress>(),
     Entry::of::<export::Export>(),
 ];

@@ -82,6 +82,10 @@ impl Form {
             }
             Self::LayerNorm { weight: new, .. } => weight.copy_from_slice(new),
             Self::Full { values, .. } => weight.copy_from_slice(&values.values),
+            Self::Delta { values, .. } => {
+                let add = |(x, d): (&mut f32, &f32)| *x = (f64::from(*x) + f64::from(*d)) as f32;
+                weight.iter_mut().zip(&values.values).for_each(add);
+            }
             Self::Bottleneck { .. } | Self::Heads { .. } => {
                 unreachable!("invariant: refused by the check")
             }
@@ -96,7 +100,9 @@ impl Form {
     /// As [`apply`](Self::apply).
     pub fn apply_stored(&self, weight: &mut [f32], shape: &[usize], layout: Layout) -> Result<()> {
         match (layout, shape) {
-            (Layout::InOut, &[inputs, out]) if !matches!(self, Self::Full { .. }) => {
+            (Layout::InOut, &[inputs, out])
+                if !matches!(self, Self::Full { .. } | Self::Delta { .. }) =>
+            {
                 self.check(weight.len(), out, inputs)?;
                 let mut turned = transposed(weight, inputs, out);
                 self.apply(&mut turned, out, inputs)?;
@@ -202,7 +208,7 @@ impl Form {
                     && (w1_a.rows(), w1_b.columns()) == (w2_a.rows(), w2_b.columns())
             }
             Self::Lokr { w1, w2, .. } => factor(w1) && factor(w2),
-            Self::Full { values, .. } => whole(values),
+            Self::Full { values, .. } | Self::Delta { values, .. } => whole(values),
             Self::Heads { keys, values, .. } => keys.shape == values.shape,
             Self::Ia3 { .. } | Self::LayerNorm { .. } | Self::Bottleneck { .. } => true,
         }

@@ -98,7 +98,7 @@ impl Adapter {
             Some(layout) => layout == Layout::InOut,
             None => self.config.get("fan_in_fan_out").and_then(|v| v.as_bool()) == Some(true),
         };
-        if let Form::Full { values, .. } = &part.form {
+        if let Form::Full { values, .. } | Form::Delta { values, .. } = &part.form {
             return match values.shape == info.shape {
                 true => Ok(true),
                 false => Err(shapes(&name, &values.shape, &info.shape)),

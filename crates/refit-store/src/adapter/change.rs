@@ -26,8 +26,15 @@ impl Change<'_> {
         match (self, shape) {
             (Self::Bias(form), _) => form.apply_bias(values).map(drop),
             // Held `[out, in]` and stored `[in, out]`: what is held is the stored matrix read by columns.
-            (Self::Weight(form @ Form::Full { .. }), &[out, inputs]) if layout == Layout::InOut => {
+            (Self::Weight(form @ (Form::Full { .. } | Form::Delta { .. })), &[out, inputs])
+                if layout == Layout::InOut =>
+            {
                 let mut stored = vec![0.0; values.len()];
+                for (row, held) in values.chunks_exact(inputs.max(1)).enumerate() {
+                    for (column, x) in held.iter().enumerate() {
+                        stored[column * out + row] = *x;
+                    }
+                }
                 form.apply(&mut stored, inputs, out)?;
                 for (row, held) in values.chunks_exact_mut(inputs.max(1)).enumerate() {
                     for (x, new) in held.iter_mut().zip(stored[row..].iter().step_by(out)) {

@@ -181,6 +181,11 @@ impl AdapterConfig {
         if kind == "unified" {
             return Ok(Self::unified(parts, prompt));
         }
+        if kind == "delta" && prompt.is_none() {
+            let base = ("base_model_name_or_path".to_owned(), Json::Null);
+            let raw = Map::from_iter([("refit_type".to_owned(), json!("delta")), base]);
+            return Ok(Self { raw });
+        }
         if prompt.is_some() {
             return Err(bad("a prompt beside parts that PEFT knows needs an adapter of its own"));
         }
@@ -382,6 +387,7 @@ fn family(form: &Form) -> Option<&'static str> {
         Form::Lokr { .. } => Some("LOKR"),
         Form::LayerNorm { .. } => Some("LN_TUNING"),
         Form::Bottleneck { .. } | Form::Heads { .. } => Some("unified"),
+        Form::Delta { .. } => Some("delta"),
         Form::Full { .. } => None,
     }
 }

@@ -142,6 +142,13 @@ pub enum Form {
         /// The new values, in the base's own layout.
         values: Values,
     },
+    /// What a fine-tuning changed in a tensor, added to it.
+    Delta {
+        /// What the site's name lacks to be the tensor's, with its dot.
+        tensor: String,
+        /// The difference, in the base's own layout.
+        values: Values,
+    },
     /// A bottleneck adapter (arXiv 1902.00751, arXiv 2110.04366): `h + s (act(x D^T + d) U^T + u)`. It depends on
     /// the input and cannot be merged.
     Bottleneck {
@@ -188,6 +195,7 @@ impl Form {
             Self::Lokr { .. } => "LoKr",
             Self::LayerNorm { .. } => "norm tuning",
             Self::Full { .. } => "full tensor",
+            Self::Delta { .. } => "difference",
             Self::Bottleneck { .. } => "bottleneck adapter",
             Self::Heads { .. } => "multi-head adapter",
         }
@@ -212,7 +220,7 @@ impl Form {
             }
             Self::Lokr { w1, w2, .. } => w1.parameters() + w2.parameters(),
             Self::LayerNorm { weight, bias } => weight.len() + optional(bias),
-            Self::Full { values, .. } => values.values.len(),
+            Self::Full { values, .. } | Self::Delta { values, .. } => values.values.len(),
             Self::Heads { keys, values, .. } => keys.values.len() + values.values.len(),
             Self::Bottleneck { down, down_bias, up, up_bias, .. } => {
                 down.values.len() + down_bias.len() + up.values.len() + up_bias.len()
@@ -234,7 +242,9 @@ impl Form {
                 (rows1.checked_mul(rows2), columns1.checked_mul(columns2))
             }
             Self::LayerNorm { weight, .. } => (Some(weight.len()), Some(1)),
-            Self::Full { values, .. } => (Some(values.rows()), Some(values.columns())),
+            Self::Full { values, .. } | Self::Delta { values, .. } => {
+                (Some(values.rows()), Some(values.columns()))
+            }
             Self::Bottleneck { down, up, .. } => (Some(up.rows()), Some(down.columns())),
             Self::Heads { keys, .. } => {
                 let dim = keys.shape.last().copied().unwrap_or(0);
@@ -248,6 +258,7 @@ impl Form {
         match self {
             Self::Full { tensor, .. } => (0, tensor),
             Self::LayerNorm { .. } => (1, ""),
+            Self::Delta { tensor, .. } => (3, tensor),
             _ => (2, ""),
         }
     }
@@ -266,7 +277,9 @@ impl Part {
     /// Name of the base's tensor that the part changes first: the weight, or the bias for a trained bias.
     pub fn tensor(&self) -> String {
         match &self.form {
-            Form::Full { tensor, .. } => format!("{}{tensor}", self.site),
+            Form::Full { tensor, .. } | Form::Delta { tensor, .. } => {
+                format!("{}{tensor}", self.site)
+            }
             _ => format!("{}.weight", self.site),
         }
     }

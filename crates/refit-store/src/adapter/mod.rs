@@ -14,6 +14,7 @@ mod form;
 mod hub;
 pub(crate) mod pattern;
 mod read;
+pub mod ternary;
 mod write;
 
 use std::fs;
@@ -29,8 +30,13 @@ use crate::error::{Error, Result, TensorFault};
 use read::{Contents, Reader, Stored};
 
 /// Weight files of an adapter, most preferred first.
-const WEIGHTS: [&str; 4] =
-    [WEIGHTS_NAME, "adapter_model.bin", "adapter.safetensors", "pytorch_adapter.bin"];
+const WEIGHTS: [&str; 5] = [
+    WEIGHTS_NAME,
+    "adapter_model.bin",
+    "adapter.safetensors",
+    "pytorch_adapter.bin",
+    ternary::TERNARY_NAME,
+];
 
 /// Keys that say where an adapter comes from and not what it does.
 const PROVENANCE: [&str; 6] = [
@@ -108,6 +114,23 @@ impl Adapter {
     /// Which tool's conventions it follows.
     pub fn dialect(&self) -> Dialect {
         self.dialect
+    }
+
+    /// Its weights as they are stored where they are signs and one number; `None` for any other adapter.
+    ///
+    /// # Errors
+    /// A weight file that cannot be read any more.
+    pub fn ternary(&self) -> Result<Option<ternary::Ternary>> {
+        let compressed = self.weights.file_name().is_some_and(|name| name == ternary::TERNARY_NAME);
+        compressed.then(|| ternary::Ternary::open(&self.weights)).transpose()
+    }
+
+    /// Every tensor of its weight file, by name.
+    ///
+    /// # Errors
+    /// A weight file that cannot be read any more.
+    pub fn tensors(&self) -> Result<Vec<(String, Values)>> {
+        load(&self.weights)
     }
 
     /// Its configuration, every key kept.
@@ -192,6 +215,9 @@ fn not_an_adapter(path: &Path, reason: String) -> Error {
 
 /// Every tensor of the weight file, as finite floats.
 fn load(weights: &Path) -> Result<Vec<Stored>> {
+    if weights.file_name().is_some_and(|name| name == ternary::TERNARY_NAME) {
+        return ternary::load(weights);
+    }
     let artifact = Artifact::open(weights)?;
     let mut tensors = Vec::with_capacity(artifact.tensors().len());
     for info in artifact.tensors() {

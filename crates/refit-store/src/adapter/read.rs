@@ -35,7 +35,7 @@ const FOREIGN_LORA: [(&str, &str); 10] = [
 const SPLITTING: [&str; 5] = ["pissa", "corda", "olora", "loftq", "lora_ga"];
 
 /// A tensor of the file: its name there and its values.
-pub(super) type Stored = (String, Values);
+pub type Stored = (String, Values);
 
 /// What one adapter holds.
 #[derive(Debug, PartialEq)]
@@ -65,6 +65,7 @@ fn markers(kind: &str) -> &'static [&'static str] {
             &["lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"]
         }
         "LN_TUNING" => &["ln_tuning_layers"],
+        "delta" => &["delta"],
         "unified" => &["adapter_down", "adapter_up", "adapter_keys", "adapter_values"],
         _ => &[PROMPT],
     }
@@ -115,6 +116,9 @@ impl Reader<'_> {
                 Place::Whole { site, tensor } => {
                     parts.push(Part { site, form: Form::Full { tensor, values } });
                 }
+                Place::Delta { site, tensor } => {
+                    parts.push(Part { site, form: Form::Delta { tensor, values } });
+                }
                 Place::Nothing => {}
             }
         }
@@ -152,8 +156,8 @@ impl Reader<'_> {
         let config = self.config;
         if config.dialect() == Some(Dialect::Refit) {
             return match self.key(config.text("refit_type"))? {
-                Some("unified") => Ok("unified".to_owned()),
-                other => Err(self.unsupported(other.unwrap_or("null"), &["unified"])),
+                Some(kind @ ("unified" | "delta")) => Ok(kind.to_owned()),
+                other => Err(self.unsupported(other.unwrap_or("null"), &["unified", "delta"])),
             };
         }
         let kind = self.key(config.text("peft_type"))?.unwrap_or_default().to_owned();
@@ -198,6 +202,10 @@ impl Reader<'_> {
         let unknown =
             || self.fault(name, TensorFault::UnknownSuffix { kind: kind.to_owned(), known });
         let path: Vec<&str> = name.strip_prefix(PREFIX).unwrap_or(name).split('.').collect();
+        if kind == "delta" {
+            let [site @ .., "delta", last] = &path[..] else { return Err(unknown()) };
+            return Ok(Place::Delta { site: site.join("."), tensor: format!(".{last}") });
+        }
         let at = path.iter().rposition(|part| known.contains(part)).filter(|&at| at > 0);
         if let Some((at, marker)) = at.and_then(|at| {
             known.iter().find(|marker| **marker == path[at]).map(|marker| (at, *marker))
@@ -286,6 +294,11 @@ enum Place {
         word: &'static str,
     },
     Whole {
+        site: String,
+        tensor: String,
+    },
+    /// A difference.
+    Delta {
         site: String,
         tensor: String,
     },

@@ -156,6 +156,7 @@ fn tensors_of(
                 let below = if wrapped { "base_layer" } else { "" };
                 whole(format!("{below}{tensor}").trim_start_matches('.'), values);
             }
+            Form::Delta { tensor, values } => whole(&format!("delta{tensor}"), values),
             Form::Heads { keys, values, .. } => {
                 whole("adapter_keys", keys);
                 whole("adapter_values", values);
