@@ -96,6 +96,24 @@ def decode():
     line("decode f32, 64 tokens", ours[0]["tokens_per_second"], theirs["tokens_per_second"], "tokens/s", True)
 
 
+def packed():
+    """The 4-bit file in its codes, against llama.cpp on the same file."""
+    file = MODELS / "smollm2.gguf"
+    theirs = peer("packed_llama.py", file, "--threads", THREADS)
+    short = ("--prompt", TEXT[:75], "--max-new-tokens", 100, "--temperature", 0, "--ignore-eos", "--json")
+    runs = [refit("generate", file, *short) for _ in range(5)]
+    ours = best(runs, lambda r: r[0]["tokens_per_second"])
+    ratio = line("decode 4 bits, 100 tokens after 16", ours[0]["tokens_per_second"], theirs["decode"], "tokens/s", True)
+    line("  peak memory", ours[2], theirs["peak_rss_mb"], "MB", False)
+    target("decode at 4 bits against llama.cpp's tokens/s", ratio, 1.5, "x", higher_is_better=True)
+    long = ("--prompt", TEXT * 41, "--max-new-tokens", 1, "--json")
+    runs = [refit("generate", file, *long) for _ in range(5)]
+    rate = lambda run: run[0]["prompt_tokens"] / run[0]["time_to_first_token"]
+    ours = best(runs, rate)
+    ratio = line(f"prefill 4 bits, {ours[0]['prompt_tokens']} tokens", rate(ours), theirs["prefill"], "tokens/s", True)
+    target("prefill of packed 4 bits against llama.cpp's tokens/s", ratio, 2, "x", higher_is_better=True)
+
+
 def embed():
     with tempfile.TemporaryDirectory() as work:
         lines = Path(work) / "lines.txt"
@@ -251,7 +269,7 @@ def galore():
         target(f"optimizer state of {setting}, rank 128, against the formula", found["state"] / found["state_by_formula"], bound, "x")
 
 
-BENCHES = {f.__name__: f for f in (open_gguf, prefill, decode, embed, soup, merge, data_free, pruning, quickstart, train, images, lora, galore)}
+BENCHES = {f.__name__: f for f in (open_gguf, prefill, decode, packed, embed, soup, merge, data_free, pruning, quickstart, train, images, lora, galore)}
 for name in sys.argv[4:] or BENCHES:
     if name not in BENCHES:
         raise SystemExit(f"unknown bench {name}: {', '.join(BENCHES)}")
