@@ -157,3 +157,68 @@ fn interference_is_measured_drawn_and_part_of_a_recipes_report() {
     let page = std::fs::read_to_string(place.path("out/report.html")).unwrap();
     assert!(page.contains("Interference: ") && page.contains("Cosine of changes"));
 }
+
+#[test]
+fn merges_that_look_at_text_keep_what_models_agree_on() {
+    let place = Place::new();
+    relatives(&place);
+    let perplexity = |model: &str| {
+        let args = [
+            "eval",
+            model,
+            "--text",
+            "builtin:kjv",
+            "--window",
+            "64",
+            "--max-tokens",
+            "512",
+            "--json",
+        ];
+        place.run(&args).json()["perplexity"].as_f64().unwrap()
+    };
+    let (original, a, b) = (perplexity("builtin:tiny"), perplexity("a"), perplexity("b"));
+    let worst = a.max(b);
+    for method in ["regmean", "fisher"] {
+        let few = ["--samples", "6", "--sequence-length", "48", "--text", "builtin:calibration"];
+        let merge = |models: &[&str], out: &str, more: &[&str]| {
+            let head = ["apply", method];
+            place.run(&[&head[..], models, &["-o", out], &few, more].concat()).code(0)
+        };
+        // A model and its copy are that model.
+        let same = format!("{method}-same");
+        merge(&["builtin:tiny", "builtin:tiny"], &same, &["--dtype", "f32"]);
+        let compared =
+            place.run(&["compare", &same, "builtin:tiny", "--weights-only", "--json"]).json();
+        for tensor in compared["tensors"].as_array().unwrap() {
+            assert!(tensor["relative"].as_f64().unwrap() < 2e-3, "{method}: {tensor}");
+        }
+        let out = format!("{method}-out");
+        merge(&["a", "b"], &out, &[]);
+        let merged = perplexity(&out);
+        assert!(merged < worst && merged > 0.9 * original, "{method}: {merged} of {a} and {b}");
+        // One text for each model, or one for all.
+        place.refuses(
+            &[
+                "apply",
+                method,
+                "a",
+                "b",
+                "a",
+                "-o",
+                "x",
+                "--text",
+                "builtin:calibration",
+                "--text",
+                "builtin:kjv",
+            ],
+            2,
+            &["2 texts for 3 models"],
+        );
+        place.refuses(&["apply", method, "a", "b", "-o", "x"], 2, &["--text"]);
+        place.refuses(
+            &["apply", method, "a", "-o", "x", "--text", "builtin:kjv"],
+            2,
+            &["at least 2"],
+        );
+    }
+}

@@ -10,8 +10,10 @@ pub mod breadcrumbs;
 pub mod dare;
 pub mod della;
 pub mod delta;
+pub mod fisher;
 pub mod fold;
 pub mod group;
+pub mod informed;
 pub mod interference;
 pub mod karcher;
 pub mod kernel;
@@ -25,7 +27,9 @@ pub mod nuslerp;
 pub mod opcm;
 pub mod passthrough;
 pub mod program;
+pub mod regmean;
 pub mod sce;
+pub mod scratch;
 pub mod select;
 pub mod slerp;
 pub mod task_arithmetic;
@@ -57,6 +61,8 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<arcee_fusion::ArceeFusion>(),
     Entry::of::<nearswap::Nearswap>(),
     Entry::of::<passthrough::Passthrough>(),
+    Entry::of::<fisher::Fisher>(),
+    Entry::of::<regmean::RegMean>(),
     Entry::of::<opcm::Opcm>(),
 ];
 

@@ -1,9 +1,7 @@
 //! Adding models, tensor by tensor: the sum under work lies in a scratch file, so that memory does not grow with the number of
 //! models or their size.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -15,6 +13,7 @@ use crate::emit::Emitter;
 use crate::error::{Error, Result};
 use crate::inputs::Inputs;
 use crate::merge::program::{Job, Program, Work};
+use crate::merge::scratch::Scratch;
 use crate::method::{Context, Unit};
 use crate::rewrite::{check_finite, copy_as};
 
@@ -38,8 +37,7 @@ pub(super) struct Fold<'a> {
     copies: Vec<&'a Job>,
     current: Current,
     convolutions: bool,
-    scratch: File,
-    directory: PathBuf,
+    scratch: Scratch,
 }
 
 impl<'a> Fold<'a> {
@@ -50,21 +48,18 @@ impl<'a> Fold<'a> {
         convolutions: bool,
         directory: &Path,
     ) -> Result<Self> {
-        let (mut jobs, mut copies, mut place) = (Vec::new(), Vec::new(), 0);
+        let scratch = Scratch::new(directory)?;
+        let (mut jobs, mut copies) = (Vec::new(), Vec::new());
         for job in program.jobs.values() {
             match &job.work {
                 Work::Merge { .. } => {
-                    jobs.push((job, place));
-                    place += 4 * job.tensor.shape.iter().product::<usize>() as u64;
+                    jobs.push((job, scratch.reserve(job.tensor.shape.iter().product())));
                 }
                 Work::Copy(_) => copies.push(job),
             }
         }
-        let fault = |source| Error::Io { path: directory.to_owned(), source };
-        let scratch = tempfile::tempfile_in(directory).map_err(fault)?;
         let current = merged.map_or(Current::Nothing, Current::Model);
-        let directory = directory.to_owned();
-        Ok(Self { inputs, jobs, copies, current, convolutions, scratch, directory })
+        Ok(Self { inputs, jobs, copies, current, convolutions, scratch })
     }
 
     /// The first ingredient is the merge.
@@ -110,7 +105,7 @@ impl<'a> Fold<'a> {
                 *d += (lambda * f64::from(*t)) as f32;
                 square += f64::from(*d).powi(2);
             }
-            self.store(&change, place)?;
+            self.scratch.write(place, &change)?;
             Ok(square)
         })?;
         let size = squares.iter().sum::<f64>().sqrt();
@@ -208,9 +203,7 @@ impl<'a> Fold<'a> {
             Current::Model(model) => self.read(job, model),
             Current::Scratch { factor } => {
                 let mut values = vec![0f32; base.len()];
-                let bytes = bytemuck::cast_slice_mut(&mut values);
-                let fault = |source| Error::Io { path: self.directory.clone(), source };
-                self.scratch.read_exact_at(bytes, place).map_err(fault)?;
+                self.scratch.read(place, &mut values)?;
                 let dtype = DType::parse(&job.tensor.dtype);
                 for (x, b) in values.iter_mut().zip(base) {
                     *x = stored((f64::from(*b) + factor * f64::from(*x)) as f32, dtype);
@@ -218,11 +211,6 @@ impl<'a> Fold<'a> {
                 Ok(values)
             }
         }
-    }
-
-    fn store(&self, values: &[f32], place: u64) -> Result<()> {
-        let fault = |source| Error::Io { path: self.directory.clone(), source };
-        self.scratch.write_all_at(bytemuck::cast_slice(values), place).map_err(fault)
     }
 }
 
