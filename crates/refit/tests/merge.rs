@@ -132,7 +132,7 @@ fn interference_is_measured_drawn_and_part_of_a_recipes_report() {
         "errors of two roundings have something in common: {cosine}"
     );
     let share = found["overall"]["sign_conflicts"].as_f64().unwrap();
-    assert!(share > 0.05 && share < 0.5, "{share}");
+    assert!(share > 0.05 && share < 0.9, "{share}");
     // Norms were left alone: no angle, no change.
     let tensors = found["tensors"].as_array().unwrap();
     let norm = tensors.iter().find(|tensor| tensor["role"] == "norm").unwrap();

@@ -41,16 +41,18 @@ pub(super) fn best() -> Kernel {
 simd! {
     /// Rounds up to 32 values to 8 bits; returns scale and sum of codes.
     pub(super) fn round_chunk(x: &[f32], codes: &mut [i8]) -> (f32, i32) {
+        // 0 x is NaN exactly when x is not finite; a maximum would pass over NaN.
+        if x.iter().map(|x| x * 0.0).sum::<f32>() != 0.0 {
+            codes.fill(0);
+            return (f32::NAN, 0);
+        }
         let most = x.iter().fold(0f32, |most, x| most.max(x.abs()));
         let scale = most / 127.0;
-        // A chunk that is not finite stays so: 0 x infinity and NaN are NaN in the product.
         if !scale.is_normal() {
-            let bad = most.is_infinite() || x.iter().any(|x| x.is_nan());
             codes.fill(0);
-            return (if bad { f32::NAN } else { 0.0 }, 0);
+            return (0.0, 0);
         }
         let inverse = 127.0 / most;
-        let inverse = if inverse.is_finite() { inverse } else { 0.0 };
         let mut sum = 0i32;
         for (code, x) in codes.iter_mut().zip(x) {
             let q = (x * inverse).round_ties_even().clamp(-127.0, 127.0) as i32;

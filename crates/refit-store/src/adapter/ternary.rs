@@ -441,15 +441,17 @@ mod tests {
 
     #[test]
     fn headers_that_do_not_fit_are_said() {
-        let good = ternary(&[1, 0, -1, 0], 1.0);
+        let mut signs = [0i8; 64];
+        (signs[0], signs[2]) = (1, -1);
+        let good = ternary(&signs, 1.0);
         let broken = |change: &dyn Fn(&mut Ternary), part: &str| {
             let mut broken = good.clone();
             change(&mut broken);
             let error = broken.expand().unwrap_err();
             assert!(error.contains(part), "{error}");
         };
-        broken(&|t| t.header.kept = 3, "early");
-        broken(&|t| t.header.kept = 9, "shapes");
+        broken(&|t| t.header.kept = 40, "early");
+        broken(&|t| t.header.kept = 90, "shapes");
         broken(&|t| t.header.tensors[0].shape = vec![2], "beyond");
         broken(&|t| t.header.scales = vec![1.0; 3], "scales");
         broken(&|t| t.header.version = 2, "version");
