@@ -3,9 +3,10 @@
 //! Everything is row-major f32. One matrix is decomposed by one thread, so that a number does not depend on the number of
 //! threads; methods decompose many matrices side by side.
 
+use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
-use faer::{Diag, Mat, MatRef, Par};
+use faer::{Mat, MatRef, Par};
 use refit_data::rng::Rng;
 
 use crate::linalg::{Strided, multiply_add};
