@@ -144,6 +144,11 @@ impl ColumnSolver {
         ))
     }
 
+    /// Sets the columns per block: matrices that read the same inputs may have groups of different sizes.
+    pub fn set_block(&mut self, columns: usize) {
+        self.block = columns.max(1);
+    }
+
     /// Original index of each walked column.
     pub fn order(&self) -> &[usize] {
         &self.order

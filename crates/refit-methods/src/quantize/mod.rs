@@ -14,10 +14,12 @@
 //! compressed-tensors, GPTQ.
 
 pub mod activations;
+pub mod allocate;
 pub mod awq;
 pub mod chain;
 pub mod export;
 pub mod finequant;
+pub mod fit;
 pub mod fold;
 pub mod gptq;
 pub mod grid;
@@ -38,6 +40,7 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<hqq::Hqq>(),
     Entry::of::<finequant::FineQuant>(),
     Entry::of::<gptq::Gptq>(),
+    Entry::of::<fit::Fit>(),
     Entry::of::<awq::Awq>(),
     Entry::of::<smoothquant::SmoothQuant>(),
     Entry::of::<repquant::RepQuant>(),
