@@ -30,6 +30,7 @@ pub mod record;
 pub mod regrid;
 pub mod repquant;
 pub mod rtn;
+pub mod shiftaddllm;
 pub mod smoothquant;
 
 use crate::registry::Entry;
@@ -41,6 +42,7 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<finequant::FineQuant>(),
     Entry::of::<gptq::Gptq>(),
     Entry::of::<fit::Fit>(),
+    Entry::of::<shiftaddllm::ShiftAddLlm>(),
     Entry::of::<awq::Awq>(),
     Entry::of::<smoothquant::SmoothQuant>(),
     Entry::of::<repquant::RepQuant>(),
