@@ -197,7 +197,12 @@ impl Lab {
     }
 
     /// `tokens` of every domain, the `slice`-th of them.
-    fn slice(&self, domains: &[&str], tokens: usize, slice: usize) -> Result<Vec<Segment>, BoxError> {
+    fn slice(
+        &self,
+        domains: &[&str],
+        tokens: usize,
+        slice: usize,
+    ) -> Result<Vec<Segment>, BoxError> {
         self.held_out
             .iter()
             .filter(|(domain, _)| domains.contains(&domain.as_str()))

@@ -36,7 +36,8 @@ fn small(mut parameters: Value) -> Value {
 
 /// Bytes of the weight file of the compressed-tensors export.
 fn exported(out: &Path, to: &Path) -> u64 {
-    let done = apply("export", json!({"to": "compressed-tensors"}), &inputs(&[out]), to, 0).unwrap();
+    let done =
+        apply("export", json!({"to": "compressed-tensors"}), &inputs(&[out]), to, 0).unwrap();
     assert_eq!(done.report["format"], "compressed-tensors");
     std::fs::metadata(to.join(WEIGHTS)).unwrap().len()
 }
@@ -66,7 +67,10 @@ fn a_size_is_kept_to_the_byte_and_nothing_uniform_is_foreseen_to_be_better() {
             if step > 0 {
                 // Offsets in the header are counted at their longest.
                 let used = fit["used_bytes"].as_u64().unwrap();
-                assert!(used <= target && used as f64 > 0.995 * target as f64, "{used} for {target}");
+                assert!(
+                    used <= target && used as f64 > 0.995 * target as f64,
+                    "{used} for {target}"
+                );
                 assert!(size as f64 > 0.97 * target as f64, "{size} for {target}");
             }
             let found = fit["predicted_error"].as_f64().unwrap();
@@ -74,7 +78,10 @@ fn a_size_is_kept_to_the_byte_and_nothing_uniform_is_foreseen_to_be_better() {
             let within = |u: &&Value| u["within_budget"] == true;
             assert!(uniform.iter().any(|u| within(&u)), "{fit}");
             for rival in uniform.iter().filter(within) {
-                assert!(found <= rival["predicted_error"].as_f64().unwrap() * (1.0 + 1e-9), "{rival}");
+                assert!(
+                    found <= rival["predicted_error"].as_f64().unwrap() * (1.0 + 1e-9),
+                    "{rival}"
+                );
             }
             let weighing = if given.text.is_empty() { "weights" } else { "kl" };
             assert_eq!(fit["weighing"], weighing);
@@ -151,7 +158,8 @@ fn sizes_that_cannot_be_had_name_those_that_can() {
     let error = plan("fit", json!({"target": "60MB", "bpw": 3}), &given).unwrap_err().to_string();
     assert!(error.contains("not both"), "{error}");
     // What is kept as 32-bit floats is said to be the reason, with the way out.
-    let error = plan("fit", json!({"target": 1000, "dtype": "f32"}), &given).unwrap_err().to_string();
+    let error =
+        plan("fit", json!({"target": 1000, "dtype": "f32"}), &given).unwrap_err().to_string();
     assert!(error.contains("--dtype f16"), "{error}");
 }
 
@@ -159,11 +167,12 @@ fn sizes_that_cannot_be_had_name_those_that_can() {
 fn outliers_get_finer_groups() {
     let dir = tempfile::tempdir().unwrap();
     let name = "model.layers.0.mlp.down_proj.weight";
-    let model = support::model(&dir.path().join("m"), 5, refit_store::DType::F32, |tensor, values| {
-        if tensor == name {
-            values.iter_mut().step_by(41).for_each(|w| *w *= 20.0);
-        }
-    });
+    let model =
+        support::model(&dir.path().join("m"), 5, refit_store::DType::F32, |tensor, values| {
+            if tensor == name {
+                values.iter_mut().step_by(41).for_each(|w| *w *= 20.0);
+            }
+        });
     let out = dir.path().join("out");
     let done = apply("fit", json!({"bpw": 3.3}), &inputs(&[&model]), &out, 0).unwrap();
     let group = |name: &str| done.report["fit"]["matrices"][name]["group"].as_u64().unwrap();

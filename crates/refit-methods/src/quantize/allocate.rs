@@ -101,7 +101,10 @@ fn total(items: &[Vec<Candidate>], chosen: &[usize]) -> (u64, f64) {
 /// Candidates that no other is at least as good as in both respects, by rising cost and falling error.
 fn front(item: &[Candidate]) -> Vec<usize> {
     assert!(!item.is_empty(), "invariant: every item has a candidate");
-    assert!(item.iter().all(|c| c.error >= 0.0 && c.error.is_finite()), "invariant: errors are numbers from 0");
+    assert!(
+        item.iter().all(|c| c.error >= 0.0 && c.error.is_finite()),
+        "invariant: errors are numbers from 0"
+    );
     let mut order: Vec<usize> = (0..item.len()).collect();
     order.sort_by(|&a, &b| {
         let (x, y) = (&item[a], &item[b]);
@@ -383,7 +386,10 @@ mod tests {
         for share in [1.001, 1.05, 1.3, 1.55, 2.0, 3.0] {
             let budget = (least as f64 * share) as u64;
             let got = allocate(&items, budget).unwrap();
-            assert!(got.cost <= budget && got.cost as f64 > 0.995 * budget as f64, "{share} {got:?}");
+            assert!(
+                got.cost <= budget && got.cost as f64 > 0.995 * budget as f64,
+                "{share} {got:?}"
+            );
             assert!(got.error <= got.bound * 1.0005, "{share}: {} {}", got.error, got.bound);
             assert_eq!(got, allocate(&items, budget).unwrap());
         }
@@ -402,8 +408,8 @@ mod tests {
     }
 
     fn small_items() -> impl Strategy<Value = Vec<Vec<Candidate>>> {
-        let candidate =
-            (0u64..30, 0u32..40).prop_map(|(cost, error)| Candidate { cost, error: f64::from(error) });
+        let candidate = (0u64..30, 0u32..40)
+            .prop_map(|(cost, error)| Candidate { cost, error: f64::from(error) });
         prop::collection::vec(prop::collection::vec(candidate, 1..6), 1..6)
     }
 

@@ -41,8 +41,8 @@ mod packed;
 mod prove;
 mod write;
 
-pub use decide::{Decision, How};
 pub(crate) use decide::float_of;
+pub use decide::{Decision, How};
 
 /// Name, shape and type of what compressed-tensors keeps of a linear `[out, in]` on a grid, codes in words.
 pub(crate) fn packed_parts(

@@ -5,8 +5,8 @@ use refit_train::BoxError;
 use refit_train::claim::{Claim, ClaimContext};
 use serde_json::{Value, json};
 
-use super::menu::{Count, Menu, Uniform};
 use super::Fit;
+use super::menu::{Count, Menu, Uniform};
 use crate::inputs::Inputs;
 use crate::lab::{Lab, MODEL};
 use crate::quantize::chain::Group;
@@ -46,7 +46,8 @@ fn rivals(lab: &Lab) -> Result<Vec<Rival>, BoxError> {
     let menu = Menu::of(&fit, &lab.model)?;
     let rows: Vec<usize> = menu.sites.iter().map(|site| shape_of(site).1).collect();
     let shortest = rows.iter().copied().min().unwrap_or(1);
-    let sizes = (fit.g_min..shortest).filter(|size| rows.iter().all(|row| row.is_multiple_of(*size)));
+    let sizes =
+        (fit.g_min..shortest).filter(|size| rows.iter().all(|row| row.is_multiple_of(*size)));
     let groups: Vec<Group> = sizes.map(Group::Size).chain([Group::Row]).collect();
     let mut all = Vec::new();
     for &bits in &fit.bits {
@@ -132,7 +133,8 @@ fn measure(
                 Some(spent) => spent,
                 None => {
                     let done = lab.apply(method, parameters.clone(), inputs, 0, &out)?;
-                    let spent = done.report["fit"]["export_bits_per_weight"].as_f64().unwrap_or(bpw);
+                    let spent =
+                        done.report["fit"]["export_bits_per_weight"].as_f64().unwrap_or(bpw);
                     *made.insert(spent)
                 }
             };
@@ -162,7 +164,9 @@ fn judge(cx: &mut ClaimContext, rivals: &[Rival], sizes: &[usize]) {
             let ratios = cx.ratio(&arm, &best, KL);
             let holds = !ratios.is_empty() && ratios.iter().all(|ratio| *ratio < 1.0);
             cx.check(
-                &format!("{arm}: less KL in every slice than the best uniform grid within these bytes"),
+                &format!(
+                    "{arm}: less KL in every slice than the best uniform grid within these bytes"
+                ),
                 holds,
                 format!("{best}: ratios {ratios:.3?}"),
             );

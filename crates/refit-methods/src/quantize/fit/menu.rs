@@ -100,7 +100,11 @@ impl<'a> Menu<'a> {
                 for &bits in &fit.bits {
                     for symmetric in [true, false] {
                         if symmetric || !fit.symmetric {
-                            all.extend(groups.iter().map(|&group| Choice { bits, symmetric, group }));
+                            all.extend(groups.iter().map(|&group| Choice {
+                                bits,
+                                symmetric,
+                                group,
+                            }));
                         }
                     }
                 }
@@ -149,7 +153,9 @@ impl<'a> Menu<'a> {
         let infos = self.model.artifact.tensors().iter();
         infos
             .filter(|info| !self.sites.iter().any(|site| site.name == info.name))
-            .map(|info| (info.name.clone(), info.shape.clone(), float_of(self.dtype.of(info.dtype))))
+            .map(|info| {
+                (info.name.clone(), info.shape.clone(), float_of(self.dtype.of(info.dtype)))
+            })
             .collect()
     }
 
@@ -219,9 +225,8 @@ impl<'a> Menu<'a> {
 
     /// What a uniform grid takes.
     pub fn uniform_cost(&self, uniform: Uniform, count: Count) -> u64 {
-        let costs = self.sites.iter().map(|site| {
-            self.cost(site, uniform.of(shape_of(site).1), count)
-        });
+        let costs =
+            self.sites.iter().map(|site| self.cost(site, uniform.of(shape_of(site).1), count));
         costs.sum::<u64>() + self.fixed(count)
     }
 

@@ -130,7 +130,12 @@ struct Budget {
 impl Fit {
     fn check(&self) -> Result<()> {
         if self.bits.is_empty() {
-            return Err(Error::range(NAME, "bits", "", "at least one number of bits, such as 2,3,4"));
+            return Err(Error::range(
+                NAME,
+                "bits",
+                "",
+                "at least one number of bits, such as 2,3,4",
+            ));
         }
         self.bits.iter().try_for_each(|bits| check_bits(NAME, *bits))?;
         if self.target.is_some() && self.bpw.is_some() {
@@ -176,7 +181,10 @@ impl Fit {
             // Bits per weight that were computed from whole bytes give those bytes again.
             let bytes = (bpw * weights / 8.0 + 1e-3) as u64;
             let unused = (most < bytes).then(|| {
-                format!("the finest choice takes {:.3} bits per weight, less than the {bpw} asked for", bits(most))
+                format!(
+                    "the finest choice takes {:.3} bits per weight, less than the {bpw} asked for",
+                    bits(most)
+                )
             });
             return Ok((Budget { bytes, count: Count::Parts, bpw }, unused));
         };
@@ -208,7 +216,11 @@ impl Fit {
         }
         let bytes = target - menu.fixed(Count::Files);
         let unused = (most < target).then(|| {
-            format!("the finest choice takes {}, less than the {} asked for", Size(most), Size(target))
+            format!(
+                "the finest choice takes {}, less than the {} asked for",
+                Size(most),
+                Size(target)
+            )
         });
         Ok((Budget { bytes, count: Count::Files, bpw: bits(bytes) }, unused))
     }
@@ -230,7 +242,13 @@ impl Fit {
     }
 
     /// Measures every choice and takes the best that the budget pays.
-    fn choose(&self, inputs: &Inputs, menu: &Menu, budget: &Budget, cx: &Context) -> Result<Chosen> {
+    fn choose(
+        &self,
+        inputs: &Inputs,
+        menu: &Menu,
+        budget: &Budget,
+        cx: &Context,
+    ) -> Result<Chosen> {
         let (model, how) = (&inputs.models[0], self.weighing_of(inputs));
         let probe = self.probe(budget);
         let relative = |measured: &Measurements| -> BTreeMap<String, f64> {
@@ -246,7 +264,13 @@ impl Fit {
             _ => {
                 let sequences = self.calibration.draw(inputs, cx.seed)?;
                 let measured = sensitivity::of_outputs(
-                    model, menu, self.scale_rule, self.percdamp, &probe, &sequences, cx,
+                    model,
+                    menu,
+                    self.scale_rule,
+                    self.percdamp,
+                    &probe,
+                    &sequences,
+                    cx,
                 )?;
                 let weights = match how {
                     How::Kl => {
@@ -281,7 +305,12 @@ impl Fit {
             })
             .collect();
         let allocation = allocate(&items, budget.bytes).map_err(|unreachable| {
-            Error::range(NAME, "target", budget.bytes, format!("at least {} bytes", unreachable.least))
+            Error::range(
+                NAME,
+                "target",
+                budget.bytes,
+                format!("at least {} bytes", unreachable.least),
+            )
         })?;
         let choices: Vec<Choice> =
             menu.choices.iter().zip(&allocation.chosen).map(|(choices, &at)| choices[at]).collect();

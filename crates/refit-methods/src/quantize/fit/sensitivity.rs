@@ -78,7 +78,8 @@ fn group_error(grid: &Grid, group: &[f32], columns: &[f32]) -> f64 {
     let lost = |w: f32, c: f32| (w - grid.snap(w, step)).powi(2) * c;
     let mut sums = [0f32; LANES];
     let (weights, columns) = (group.chunks_exact(LANES), columns.chunks_exact(LANES));
-    let rest: f32 = weights.remainder().iter().zip(columns.remainder()).map(|(w, c)| lost(*w, *c)).sum();
+    let rest: f32 =
+        weights.remainder().iter().zip(columns.remainder()).map(|(w, c)| lost(*w, *c)).sum();
     for (weights, columns) in weights.zip(columns) {
         for lane in 0..LANES {
             sums[lane] += lost(weights[lane], columns[lane]);
@@ -133,34 +134,34 @@ pub fn of_outputs(
         .map(|(site, choices)| (site.name.as_str(), (*site, choices.as_slice())))
         .collect();
     let mut measured = Measurements::new();
-    let mut visit = |_: usize, block: &mut refit_nn::block::Block, stats: &BlockStats| -> Result<Outcome> {
-        for group in stats.groups() {
-            let mut columns = None;
-            for module in &group.sites {
-                let tensor = format!("{module}.weight");
-                let (site, choices) = *choices.get(tensor.as_str()).ok_or_else(|| {
-                    Error::tensor(&model.source, &tensor, "the architecture does not list it")
-                })?;
-                let linear = block.linear_mut(module).ok_or_else(|| {
-                    Error::tensor(&model.source, &tensor, "the block does not hold it")
-                })?;
-                let weights = refit_nn::ops::to_vec(&linear.weight());
-                check_finite(&model.source, &tensor, &weights, 0)?;
-                let columns = match &columns {
-                    Some(columns) => columns,
-                    None => columns.insert(Columns::of(site, &group.stats, percdamp)?),
-                };
-                measured.insert(tensor, columns.measure(&weights, choices, rule, probe));
+    let mut visit =
+        |_: usize, block: &mut refit_nn::block::Block, stats: &BlockStats| -> Result<Outcome> {
+            for group in stats.groups() {
+                let mut columns = None;
+                for module in &group.sites {
+                    let tensor = format!("{module}.weight");
+                    let (site, choices) = *choices.get(tensor.as_str()).ok_or_else(|| {
+                        Error::tensor(&model.source, &tensor, "the architecture does not list it")
+                    })?;
+                    let linear = block.linear_mut(module).ok_or_else(|| {
+                        Error::tensor(&model.source, &tensor, "the block does not hold it")
+                    })?;
+                    let weights = refit_nn::ops::to_vec(&linear.weight());
+                    check_finite(&model.source, &tensor, &weights, 0)?;
+                    let columns = match &columns {
+                        Some(columns) => columns,
+                        None => columns.insert(Columns::of(site, &group.stats, percdamp)?),
+                    };
+                    measured.insert(tensor, columns.measure(&weights, choices, rule, probe));
+                }
             }
-        }
-        Ok(Outcome::Unchanged)
-    };
+            Ok(Outcome::Unchanged)
+        };
     cx.progress.begin("measuring", model.artifact.architecture().layers() as u64, Unit::Blocks);
     let progress = |done: u64, _: u64| cx.progress.advance(u64::from(done > 0));
     let options = calibrate::Options::new(StatsRequest::GRAM);
-    let done = cx.install(|| {
-        calibrate::run(&model.artifact, sequences, &options, &mut visit, &progress)
-    });
+    let done =
+        cx.install(|| calibrate::run(&model.artifact, sequences, &options, &mut visit, &progress));
     cx.progress.end();
     done?;
     match menu.sites.iter().find(|site| !measured.contains_key(&site.name)) {
@@ -236,7 +237,8 @@ pub fn divergences(
         let mut decoder = Decoder::load(&model.artifact, &device)?;
         let window = sequences.iter().map(Vec::len).max().unwrap_or(0);
         let options = Options { window: Some(window), resamples: 0, ..Options::default() };
-        let text: Vec<Segment> = sequences.iter().map(|ids| Segment::new("", ids.clone())).collect();
+        let text: Vec<Segment> =
+            sequences.iter().map(|ids| Segment::new("", ids.clone())).collect();
         let reference = ReferenceCache::fill(&decoder, &text, &options)?;
         let passes: Vec<Pass> =
             sequences.iter().map(|ids| Pass::of(&decoder, ids)).collect::<Result<_>>()?;
@@ -250,7 +252,8 @@ pub fn divergences(
             let mut weights = refit_nn::ops::to_vec(&linear.weight());
             weights.par_chunks_mut(inputs).for_each(|row| probe.snap_row(row, probe_group(inputs)));
             linear.set_weight(weights, &device);
-            let resumed = Resumed { decoder: &decoder, from: site.layer.unwrap_or(0), passes: &passes };
+            let resumed =
+                Resumed { decoder: &decoder, from: site.layer.unwrap_or(0), passes: &passes };
             let reference = Reference::Cache(&reference);
             let measured = eval::perplexity(&resumed, &text, &options, reference, &|_, _| {})?;
             found.insert(site.name.clone(), measured.kl_to_reference.unwrap_or(0.0).max(0.0));
@@ -315,7 +318,10 @@ impl CausalLm for Resumed<'_> {
 
 /// A weight for each matrix from divergences and what the probe lost; matrices whose divergence is lost in rounding count a
 /// hundredth of the median.
-pub fn weights(measured: &Measurements, divergences: &BTreeMap<String, f64>) -> BTreeMap<String, f64> {
+pub fn weights(
+    measured: &Measurements,
+    divergences: &BTreeMap<String, f64>,
+) -> BTreeMap<String, f64> {
     let ratio = |name: &String| {
         let probe = measured[name].probe;
         let found = divergences.get(name).copied().unwrap_or(0.0);
@@ -365,18 +371,24 @@ mod tests {
             rounded.chunks_mut(n).for_each(|row| grid.snap_row(row, choice.group));
             naive += output_error(&weights, &rounded, &h, n) / left;
         }
-        assert!(naive / choices.len() as f64 > 1.5, "rounding to nearest would foresee as well: {naive}");
+        assert!(
+            naive / choices.len() as f64 > 1.5,
+            "rounding to nearest would foresee as well: {naive}"
+        );
     }
 
     #[test]
     fn errors_of_weights_are_those_of_the_grid() {
         let weights = Stream::new(3).normals(6 * 72);
-        let choices =
-            [Choice { bits: 3, symmetric: true, group: 36 }, Choice { bits: 2, symmetric: false, group: 72 }];
+        let choices = [
+            Choice { bits: 3, symmetric: true, group: 36 },
+            Choice { bits: 2, symmetric: false, group: 72 },
+        ];
         let found = rounding_errors(&weights, 72, &choices, ScaleRule::Full, &[1.0; 72]);
         for (choice, found) in choices.iter().zip(found) {
             let grid = choice.grid(ScaleRule::Full);
-            let expected: f64 = weights.chunks(72).map(|row| grid.row_error(row, choice.group)).sum();
+            let expected: f64 =
+                weights.chunks(72).map(|row| grid.row_error(row, choice.group)).sum();
             assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
         }
     }
@@ -384,9 +396,11 @@ mod tests {
     #[test]
     fn weights_have_a_floor_and_unknown_ones_the_median() {
         let of = |probe| Measured { probe, ..Measured::default() };
-        let measured: Measurements =
-            [("a", 1.0), ("b", 2.0), ("c", 1.0), ("d", 0.0)].map(|(n, p)| (n.to_owned(), of(p))).into();
-        let divergences = [("a", 0.5), ("b", 4.0), ("c", 0.0)].map(|(n, d)| (n.to_owned(), d)).into();
+        let measured: Measurements = [("a", 1.0), ("b", 2.0), ("c", 1.0), ("d", 0.0)]
+            .map(|(n, p)| (n.to_owned(), of(p)))
+            .into();
+        let divergences =
+            [("a", 0.5), ("b", 4.0), ("c", 0.0)].map(|(n, d)| (n.to_owned(), d)).into();
         let weights = weights(&measured, &divergences);
         assert_eq!(weights["a"], 0.5);
         assert_eq!(weights["b"], 2.0);

@@ -230,7 +230,10 @@ mod tests {
                 }
             }
         }
-        assert_eq!(apot(3.0, 3), [Term { exponent: 2, negative: false }, Term { exponent: 0, negative: true }]);
+        assert_eq!(
+            apot(3.0, 3),
+            [Term { exponent: 2, negative: false }, Term { exponent: 0, negative: true }]
+        );
         assert!(apot(0.0, 3).is_empty());
         // What is left would not fit beside the first term.
         assert_eq!(apot(1.0 + 1e-9, 3).len(), 1);

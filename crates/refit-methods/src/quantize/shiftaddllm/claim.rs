@@ -48,7 +48,11 @@ fn run(cx: &mut ClaimContext) -> Result<(), BoxError> {
         arms.push((format!("acc {bits}"), "shiftaddllm", ours(json!({ "mode": "acc" }))));
     }
     // Two widths within one mean, against one width between: what 2.2 bits buy over 2.
-    arms.push(("lat mixed 2.2".into(), "shiftaddllm", json!({ "mean_bits": 2.2, "rounds": ROUNDS })));
+    arms.push((
+        "lat mixed 2.2".into(),
+        "shiftaddllm",
+        json!({ "mean_bits": 2.2, "rounds": ROUNDS }),
+    ));
     for seed in cx.seeds().to_vec() {
         for (arm, method, parameters) in &arms {
             let out = lab.path(&format!("shiftadd-{arm}-{seed}"));
@@ -59,7 +63,10 @@ fn run(cx: &mut ClaimContext) -> Result<(), BoxError> {
             }
             cx.arm(arm, seed, |trial| {
                 let done = lab.apply(method, parameters, &inputs, seed, &out)?;
-                trial.record("bits per weight", done.report["bits_per_weight"].as_f64().unwrap_or(f64::NAN));
+                trial.record(
+                    "bits per weight",
+                    done.report["bits_per_weight"].as_f64().unwrap_or(f64::NAN),
+                );
                 if let Some(matrices) = done.report["shiftadd"].as_object() {
                     let all = |key: &str| -> Vec<f64> {
                         matrices.values().filter_map(|matrix| matrix[key].as_f64()).collect()
@@ -78,10 +85,12 @@ fn run(cx: &mut ClaimContext) -> Result<(), BoxError> {
 }
 
 fn judge(cx: &mut ClaimContext) {
-    let most = |ratios: &[f64], limit: f64| !ratios.is_empty() && ratios.iter().all(|r| *r <= limit);
+    let most =
+        |ratios: &[f64], limit: f64| !ratios.is_empty() && ratios.iter().all(|r| *r <= limit);
     for (bits, limit) in [(2, 0.8), (3, 1.02)] {
         let ratios = cx.ratio(&format!("lat {bits}"), &format!("gptq {bits}"), "perplexity");
-        let spent = [format!("lat {bits}"), format!("gptq {bits}")].map(|arm| cx.mean(&arm, "bits per weight"));
+        let spent = [format!("lat {bits}"), format!("gptq {bits}")]
+            .map(|arm| cx.mean(&arm, "bits per weight"));
         cx.check(
             &format!("lat at {bits} bits has at most {limit} x the perplexity of GPTQ, for no more stored bits"),
             most(&ratios, limit) && spent[0] <= spent[1],
@@ -102,8 +111,11 @@ fn judge(cx: &mut ClaimContext) {
         !correlations.is_empty() && correlations.iter().all(|r| *r >= 0.6),
         format!("{correlations:.3?}"),
     );
-    let (mixed, two, three) =
-        (cx.mean("lat mixed 2.2", "perplexity"), cx.mean("lat 2", "perplexity"), cx.mean("lat 3", "perplexity"));
+    let (mixed, two, three) = (
+        cx.mean("lat mixed 2.2", "perplexity"),
+        cx.mean("lat 2", "perplexity"),
+        cx.mean("lat 3", "perplexity"),
+    );
     // The same mean bits without a choice: between the logarithms of 2 and of 3 bits, a fifth of the way.
     let between = (0.8 * two.ln() + 0.2 * three.ln()).exp();
     cx.check(

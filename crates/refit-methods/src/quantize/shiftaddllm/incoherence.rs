@@ -30,7 +30,8 @@ struct Turn {
 
 impl Turn {
     fn new(n: usize, seed: u64, side: &str) -> Self {
-        let small = (1..=n).take_while(|d| d * d <= n).filter(|d| n.is_multiple_of(*d)).last().unwrap_or(1);
+        let small =
+            (1..=n).take_while(|d| d * d <= n).filter(|d| n.is_multiple_of(*d)).last().unwrap_or(1);
         let size = (n / small, small);
         let mut rng = Rng::named(seed, side);
         Self { a: orthogonal(size.0, &mut rng), b: orthogonal(size.1, &mut rng), size }
@@ -99,7 +100,13 @@ fn transposed(matrix: &[f64], rows: usize, columns: usize) -> Vec<f64> {
 }
 
 /// Turns rows and columns of `[rows, columns]`.
-fn turn_both(matrix: &mut Vec<f64>, rows: usize, columns: usize, sides: (&Turn, &Turn), back: bool) {
+fn turn_both(
+    matrix: &mut Vec<f64>,
+    rows: usize,
+    columns: usize,
+    sides: (&Turn, &Turn),
+    back: bool,
+) {
     sides.1.rows(matrix, back);
     let mut other = transposed(matrix, rows, columns);
     sides.0.rows(&mut other, back);
@@ -115,7 +122,8 @@ pub fn process(weights: &mut [f32], h: &mut Vec<f64>, n: usize, seed: u64) -> In
     for row in weights.chunks(n) {
         squares.iter_mut().zip(row).for_each(|(s, w)| *s += f64::from(*w).powi(2));
     }
-    let scale = |j: usize| (h[j * n + j].max(1e-8) / squares[j].max(1e-8)).powf(0.25).max(1e-8) as f32;
+    let scale =
+        |j: usize| (h[j * n + j].max(1e-8) / squares[j].max(1e-8)).powf(0.25).max(1e-8) as f32;
     let scales: Vec<f32> = (0..n).map(scale).collect();
     let mut wide: Vec<f64> = weights.iter().map(|w| f64::from(*w)).collect();
     wide.chunks_mut(n).for_each(|row| {
@@ -183,7 +191,9 @@ mod tests {
             let moved: Vec<f32> = turned.iter().zip(&noise).map(|(w, e)| w + 0.01 * e).collect();
             let mut undone = moved.clone();
             incoherence.undo(&mut undone);
-            ratios.push(output_error(&turned, &moved, &h, n) / output_error(&back, &undone, &gram, n));
+            ratios.push(
+                output_error(&turned, &moved, &h, n) / output_error(&back, &undone, &gram, n),
+            );
         }
         assert!(ratios.iter().all(|r| (r / ratios[0] - 1.0).abs() < 0.05), "{ratios:?}");
     }

@@ -130,9 +130,12 @@ mod tests {
                     let product = |(w, x): (&f32, &f32)| f64::from(*w) * f64::from(*x);
                     let expected: f64 = row.iter().zip(&x).map(product).sum();
                     let size: f64 = row.iter().zip(&x).map(|p| product(p).abs()).sum();
-                    assert!((f64::from(*y) - expected).abs() < 1e-5 * size, "{mode:?} {y} {expected}");
+                    assert!(
+                        (f64::from(*y) - expected).abs() < 1e-5 * size,
+                        "{mode:?} {y} {expected}"
+                    );
                 }
-                assert_eq!(done.lookups, (rows * inputs / 8 * bits) as u64);
+                assert_eq!(done.lookups, (rows * inputs / 8) as u64 * u64::from(bits));
             }
         }
     }

@@ -145,9 +145,12 @@ impl ShiftAddLlm {
         }
         check_solver(NAME, self.percdamp, 1)?;
         self.calibration.check(NAME)?;
-        let conflict = |problem: &str| Err(Error::Conflict { method: NAME, problem: problem.into() });
+        let conflict =
+            |problem: &str| Err(Error::Conflict { method: NAME, problem: problem.into() });
         if self.mode == Mode::Lat && self.group.is_some() {
-            return conflict("--group belongs to --mode acc; mode lat always has eighths of the rows");
+            return conflict(
+                "--group belongs to --mode acc; mode lat always has eighths of the rows",
+            );
         }
         if self.mode == Mode::Lat && self.no_incoherence {
             return conflict("--no-incoherence belongs to --mode acc; mode lat has none");
@@ -156,10 +159,14 @@ impl ShiftAddLlm {
             let (rows, inputs) = shape_of(site);
             let bad = |problem: String| Err(Error::tensor(&model.source, &site.name, problem));
             if !inputs.is_multiple_of(32) {
-                return bad(format!("{inputs} inputs are no whole words of 32 signs, which the packed form asks for"));
+                return bad(format!(
+                    "{inputs} inputs are no whole words of 32 signs, which the packed form asks for"
+                ));
             }
             if self.mode == Mode::Lat && !rows.is_multiple_of(EIGHT) {
-                return bad(format!("{rows} outputs are not divisible by {EIGHT}; take --mode acc"));
+                return bad(format!(
+                    "{rows} outputs are not divisible by {EIGHT}; take --mode acc"
+                ));
             }
             if let Some(group) = self.group
                 && (group == 0 || !rows.is_multiple_of(group))
@@ -206,24 +213,25 @@ impl ShiftAddLlm {
         let model = &inputs.models[0];
         let sequences = self.calibration.draw(inputs, cx.seed)?;
         let mut scores = BTreeMap::new();
-        let mut visit = |_: usize, block: &mut refit_nn::block::Block, stats: &BlockStats| -> Result<Outcome> {
-            for group in stats.groups() {
-                let mut diagonal = None;
-                for module in &group.sites {
-                    let name = format!("{module}.weight");
-                    let linear = block.linear_mut(module).ok_or_else(|| {
-                        Error::tensor(&model.source, &name, "the block does not hold it")
-                    })?;
-                    let weights = refit_nn::ops::to_vec(&linear.weight());
-                    let diagonal = match &diagonal {
-                        Some(diagonal) => diagonal,
-                        None => diagonal.insert(self.solver(&name, &group.stats)?.diagonal()),
-                    };
-                    scores.insert(name, score(&weights, diagonal));
+        let mut visit =
+            |_: usize, block: &mut refit_nn::block::Block, stats: &BlockStats| -> Result<Outcome> {
+                for group in stats.groups() {
+                    let mut diagonal = None;
+                    for module in &group.sites {
+                        let name = format!("{module}.weight");
+                        let linear = block.linear_mut(module).ok_or_else(|| {
+                            Error::tensor(&model.source, &name, "the block does not hold it")
+                        })?;
+                        let weights = refit_nn::ops::to_vec(&linear.weight());
+                        let diagonal = match &diagonal {
+                            Some(diagonal) => diagonal,
+                            None => diagonal.insert(self.solver(&name, &group.stats)?.diagonal()),
+                        };
+                        scores.insert(name, score(&weights, diagonal));
+                    }
                 }
-            }
-            Ok(Outcome::Unchanged)
-        };
+                Ok(Outcome::Unchanged)
+            };
         cx.progress.begin("scoring", model.artifact.architecture().layers() as u64, Unit::Blocks);
         let progress = |done: u64, _: u64| cx.progress.advance(u64::from(done > 0));
         let options = calibrate::Options::new(StatsRequest::GRAM);
@@ -294,7 +302,11 @@ impl ShiftAddLlm {
         let layout = (columns, patches, usize::from(bits), self.apot);
         let scales = rule.into_scales();
         let packed = Packed::pack(weights, n, layout, &scales, incoherence).ok_or_else(|| {
-            Error::tensor("weights", name, "its values grew beyond what half of the exponents hold; they cannot be packed")
+            Error::tensor(
+                "weights",
+                name,
+                "its values grew beyond what half of the exponents hold; they cannot be packed",
+            )
         })?;
         weights.copy_from_slice(&packed.decode());
         Ok(packed)
@@ -354,7 +366,10 @@ impl Method for ShiftAddLlm {
         plan.warnings = grid_warnings(model, &Grid::symmetric(self.bits), None);
         self.calibration.describe(&mut plan, model);
         if let Some(mean) = self.mean_bits {
-            plan.steps.push(format!("score {} matrices and give them {mean} bits on average", sites.len()));
+            plan.steps.push(format!(
+                "score {} matrices and give them {mean} bits on average",
+                sites.len()
+            ));
         }
         let weights: u64 = sites.iter().map(|site| site.numel() as u64).sum();
         // The packed form is kept until the end.
@@ -365,7 +380,11 @@ impl Method for ShiftAddLlm {
             sites.len(),
             self.apot
         ));
-        if plan.tensors.iter().any(|t| t.dtype != "F32" && sites.iter().any(|site| site.name == t.name)) {
+        if plan
+            .tensors
+            .iter()
+            .any(|t| t.dtype != "F32" && sites.iter().any(|site| site.name == t.name))
+        {
             plan.notes.push(format!(
                 "decoded weights are rounded to their element type; {} holds them exactly, and --dtype f32 would, too",
                 packed::FILE_NAME
@@ -422,7 +441,8 @@ impl OneShot for Run<'_> {
         let (n, (bits, _)) = (stats.columns(), self.widths[&site.name]);
         let before = weights.to_vec();
         let score = score(&before, &solver.diagonal());
-        let packed = self.parameters.quantize(&site.name, weights, (n, bits), &h, solver, self.seed)?;
+        let packed =
+            self.parameters.quantize(&site.name, weights, (n, bits), &h, solver, self.seed)?;
         let change: Vec<f32> = before.iter().zip(&*weights).map(|(a, b)| a - b).collect();
         let loss = total_error(&change, n, &narrow(&h)) / stats.rows().max(1) as f64;
         let bytes = packed.bytes();
@@ -436,7 +456,10 @@ impl OneShot for Run<'_> {
             relative_error: 0.0,
         };
         self.record.measure(&site.name, entry, &before, weights);
-        self.found.insert(site.name.clone(), json!({ "bits": bits, "score": score, "output_error": loss }));
+        self.found.insert(
+            site.name.clone(),
+            json!({ "bits": bits, "score": score, "output_error": loss }),
+        );
         self.packed.insert(site.name.clone(), packed);
         Ok(())
     }
@@ -457,10 +480,16 @@ mod tests {
     use super::*;
     use crate::testing::{Stream, correlated_gram, output_error};
 
-    fn quantized(parameters: &ShiftAddLlm, weights: &[f32], h: &[f64], n: usize) -> (Vec<f32>, Packed) {
+    fn quantized(
+        parameters: &ShiftAddLlm,
+        weights: &[f32],
+        h: &[f64],
+        n: usize,
+    ) -> (Vec<f32>, Packed) {
         let solver = parameters.solver_of("w", h.to_vec(), n).unwrap();
         let mut out = weights.to_vec();
-        let packed = parameters.quantize("w", &mut out, (n, parameters.bits), h, &solver, 1).unwrap();
+        let packed =
+            parameters.quantize("w", &mut out, (n, parameters.bits), h, &solver, 1).unwrap();
         (out, packed)
     }
 
@@ -472,7 +501,9 @@ mod tests {
         for mode in [Mode::Lat, Mode::Acc] {
             for bits in [2, 3] {
                 let parameters = ShiftAddLlm { mode, bits, rounds: 20, ..ShiftAddLlm::default() };
-                let loss = |p: &ShiftAddLlm| output_error(&weights, &quantized(p, &weights, &h, n).0, &h, n);
+                let loss = |p: &ShiftAddLlm| {
+                    output_error(&weights, &quantized(p, &weights, &h, n).0, &h, n)
+                };
                 let plain = ShiftAddLlm { weights_only: true, ..parameters.clone() };
                 let (repaired, plain) = (loss(&parameters), loss(&plain));
                 assert!(repaired < 0.85 * plain, "{mode:?} {bits}: {repaired} {plain}");
@@ -487,7 +518,13 @@ mod tests {
         (0..n).for_each(|i| h[i * n + i] = 3.0);
         let weights = Stream::new(3).normals(rows * n);
         for (mode, group) in [(Mode::Lat, None), (Mode::Acc, None), (Mode::Acc, Some(16))] {
-            let parameters = ShiftAddLlm { mode, group, rounds: 20, no_incoherence: true, ..ShiftAddLlm::default() };
+            let parameters = ShiftAddLlm {
+                mode,
+                group,
+                rounds: 20,
+                no_incoherence: true,
+                ..ShiftAddLlm::default()
+            };
             let (solved, packed) = quantized(&parameters, &weights, &h, n);
             assert_eq!(packed, rule::plain(&weights, n, mode, group, parameters.bits));
             assert_eq!(solved, packed.decode());
@@ -509,10 +546,13 @@ mod tests {
         for (name, mode, no_incoherence) in
             [("lat", Mode::Lat, false), ("acc", Mode::Acc, false), ("plain", Mode::Acc, true)]
         {
-            let parameters = ShiftAddLlm { mode, bits: 2, no_incoherence, rounds: 10, ..ShiftAddLlm::default() };
+            let parameters =
+                ShiftAddLlm { mode, bits: 2, no_incoherence, rounds: 10, ..ShiftAddLlm::default() };
             let (solved, packed) = quantized(&parameters, &weights, &h, n);
-            assert_eq!(packed.decode().iter().map(|w| w.to_bits()).collect::<Vec<_>>(),
-                solved.iter().map(|w| w.to_bits()).collect::<Vec<_>>());
+            assert_eq!(
+                packed.decode().iter().map(|w| w.to_bits()).collect::<Vec<_>>(),
+                solved.iter().map(|w| w.to_bits()).collect::<Vec<_>>()
+            );
             if name == "plain" {
                 for column in 0..n {
                     let mut levels: Vec<u32> =
@@ -521,7 +561,10 @@ mod tests {
                     levels.dedup();
                     assert!(levels.len() <= 4);
                 }
-                assert!(solved.iter().skip(9).step_by(n).all(|w| *w == 0.0), "a dead input keeps weights");
+                assert!(
+                    solved.iter().skip(9).step_by(n).all(|w| *w == 0.0),
+                    "a dead input keeps weights"
+                );
             }
             all.insert(format!("{name}.weight"), packed);
             decoded.insert(format!("{name}.weight"), solved);

@@ -76,10 +76,23 @@ impl Packed {
         let (mut exponents, mut signs) = (Vec::new(), Vec::new());
         for scale in scales {
             let found = apot(f64::from(*scale), terms);
-            signs.push(found.iter().enumerate().map(|(t, term)| u8::from(term.negative) << t).sum());
-            exponents.extend((0..terms).map(|t| found.get(t).map_or(NO_TERM, |term| term.exponent)));
+            signs
+                .push(found.iter().enumerate().map(|(t, term)| u8::from(term.negative) << t).sum());
+            exponents
+                .extend((0..terms).map(|t| found.get(t).map_or(NO_TERM, |term| term.exponent)));
         }
-        Some(Self { rows, inputs, bits, columns, patches, terms, words, exponents, signs, incoherence })
+        Some(Self {
+            rows,
+            inputs,
+            bits,
+            columns,
+            patches,
+            terms,
+            words,
+            exponents,
+            signs,
+            incoherence,
+        })
     }
 
     /// Terms of scale `at`.
@@ -153,7 +166,10 @@ impl Packed {
 /// Packed matrices as a safetensors file.
 pub fn encode(matrices: &BTreeMap<String, Packed>) -> Vec<u8> {
     let mut header = serde_json::Map::new();
-    header.insert("__metadata__".into(), json!({"format": "pt", "refit": "binary codes with power-of-two scales"}));
+    header.insert(
+        "__metadata__".into(),
+        json!({"format": "pt", "refit": "binary codes with power-of-two scales"}),
+    );
     let mut parts: Vec<_> = matrices
         .iter()
         .flat_map(|(name, packed)| packed.parts(name.trim_end_matches(".weight")))
@@ -196,7 +212,9 @@ pub fn read(path: &Path) -> Result<BTreeMap<String, Packed>> {
     stems
         .map(|stem| {
             let part = |part: &str| bytes(&format!("{stem}.{part}"));
-            let bad = || Error::tensor(path.display(), stem, "its parts do not fit together; write it again");
+            let bad = || {
+                Error::tensor(path.display(), stem, "its parts do not fit together; write it again")
+            };
             let ((shape, words), (scales, exponents), (_, signs)) =
                 (part("bweight")?, part("alpha_exp")?, part("alpha_sgn")?);
             let ([rows, groups, bits], [blocks, patches, planes, terms]) = (

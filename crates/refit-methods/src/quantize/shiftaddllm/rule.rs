@@ -40,7 +40,16 @@ impl BcqRule {
         order: &[usize],
     ) -> Self {
         let scales = vec![0.0; inputs / columns * patches * usize::from(fitting.bits)];
-        Self { fitting, inputs, rows, columns, patches, order: order.to_vec(), nearest: Vec::new(), scales }
+        Self {
+            fitting,
+            inputs,
+            rows,
+            columns,
+            patches,
+            order: order.to_vec(),
+            nearest: Vec::new(),
+            scales,
+        }
     }
 
     /// The scales, once all columns were walked.
@@ -55,7 +64,8 @@ impl ColumnRule for BcqRule {
     fn begin_block(&mut self, columns: Range<usize>, weights: &[f32], _: &[f32]) {
         let height = self.rows / self.patches;
         let fit = |patch: usize| {
-            let rows = weights[patch * height * self.inputs..][..height * self.inputs].chunks(self.inputs);
+            let rows =
+                weights[patch * height * self.inputs..][..height * self.inputs].chunks(self.inputs);
             let values: Vec<f32> = rows.flat_map(|row| &row[columns.clone()]).copied().collect();
             self.fitting.fit(&values)
         };
@@ -72,7 +82,14 @@ impl ColumnRule for BcqRule {
 
     fn begin_row(&self, _: usize) {}
 
-    fn decide(&self, (): &mut (), row: usize, column: usize, weights: &[f32], _: &[f32]) -> Decision {
+    fn decide(
+        &self,
+        (): &mut (),
+        row: usize,
+        column: usize,
+        weights: &[f32],
+        _: &[f32],
+    ) -> Decision {
         let nearest = &self.nearest[row * self.patches / self.rows];
         Decision { value: nearest.find(weights[column]).1, keep: true }
     }
