@@ -19,7 +19,7 @@ use crate::method::{Context, Plan};
 use crate::rewrite::transpose;
 
 /// Files above this size become shards, as Hugging Face writes them.
-const SHARD: u64 = 5_000_000_000;
+pub(crate) const SHARD: u64 = 5_000_000_000;
 
 /// An output under way.
 pub struct Emitter {

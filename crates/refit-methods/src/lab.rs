@@ -14,7 +14,7 @@ use refit_nn::{BurnDevice, Decoder};
 use refit_store::Artifact;
 use refit_train::BoxError;
 use refit_train::claim::ClaimContext;
-use refit_train::eval::{self, CausalLm, Options, Reference, Rounded, Segment};
+use refit_train::eval::{self, CausalLm, Options, Reference, ReferenceCache, Rounded, Segment};
 use serde_json::Value;
 
 use crate::inputs::{Inputs, ModelInput, TextData};
@@ -150,17 +150,7 @@ impl Lab {
         tokens: usize,
         slice: usize,
     ) -> Result<f64, BoxError> {
-        let segments = self
-            .held_out
-            .iter()
-            .filter(|(domain, _)| domains.contains(&domain.as_str()))
-            .map(|(domain, ids)| {
-                let ids = ids.get(slice * tokens..(slice + 1) * tokens).ok_or_else(|| {
-                    format!("the held-out text `{domain}` has only {} tokens", ids.len())
-                })?;
-                Ok(Segment::new(&**domain, ids.to_vec()))
-            })
-            .collect::<Result<Vec<_>, BoxError>>()?;
+        let segments = self.slice(domains, tokens, slice)?;
         let decoder = Decoder::load(&Artifact::open(model)?, &BurnDevice::flex())?;
         let options = Options {
             window: Some(512.min(decoder.config().context)),
@@ -174,5 +164,54 @@ impl Lab {
             Err(refit_train::Error::Logits { .. }) => Ok(f64::INFINITY),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Mean KL divergence in nats per token of `model` from the model under study, and its perplexity, on a slice of the held-out
+    /// texts. Infinite when the model does not produce finite logits.
+    ///
+    /// # Errors
+    /// As [`Self::perplexity`].
+    pub fn divergence(
+        &self,
+        model: &Path,
+        domains: &[&str],
+        tokens: usize,
+        slice: usize,
+    ) -> Result<(f64, f64), BoxError> {
+        let segments = self.slice(domains, tokens, slice)?;
+        let original = Decoder::load(&self.model.artifact, &BurnDevice::flex())?;
+        let options = Options {
+            window: Some(512.min(original.config().context)),
+            resamples: 0,
+            ..Options::default()
+        };
+        let reference = ReferenceCache::fill(&original, &segments, &options)?;
+        drop(original);
+        let decoder = Decoder::load(&Artifact::open(model)?, &BurnDevice::flex())?;
+        let reference = Reference::Cache(&reference);
+        match eval::perplexity(&decoder, &segments, &options, reference, &|_, _| {}) {
+            Ok(done) => Ok((done.kl_to_reference.unwrap_or(f64::NAN), done.perplexity)),
+            Err(refit_train::Error::Logits { .. }) => Ok((f64::INFINITY, f64::INFINITY)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// `tokens` of every domain, the `slice`-th of them.
+    fn slice(
+        &self,
+        domains: &[&str],
+        tokens: usize,
+        slice: usize,
+    ) -> Result<Vec<Segment>, BoxError> {
+        self.held_out
+            .iter()
+            .filter(|(domain, _)| domains.contains(&domain.as_str()))
+            .map(|(domain, ids)| {
+                let ids = ids.get(slice * tokens..(slice + 1) * tokens).ok_or_else(|| {
+                    format!("the held-out text `{domain}` has only {} tokens", ids.len())
+                })?;
+                Ok(Segment::new(&**domain, ids.to_vec()))
+            })
+            .collect()
     }
 }

@@ -94,8 +94,30 @@ impl ColumnSolver {
     ///
     /// # Errors
     /// A sentence that says what is wrong with `H`; the caller adds the tensor's name.
-    pub fn new(mut h: Vec<f64>, inputs: usize, options: SolverOptions) -> Result<Self, String> {
+    pub fn new(h: Vec<f64>, inputs: usize, options: SolverOptions) -> Result<Self, String> {
+        let mut order: Vec<usize> = (0..inputs).collect();
+        if options.act_order {
+            let size = |j: usize| match h[j * inputs + j] {
+                dead if dead <= 0.0 => 1.0,
+                size => size,
+            };
+            order.sort_by(|&a, &b| size(b).total_cmp(&size(a)).then(a.cmp(&b)));
+        }
+        Self::in_order(h, inputs, options, order)
+    }
+
+    /// As [`new`](Self::new), walking the columns in this order, a permutation of `0..inputs`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn in_order(
+        mut h: Vec<f64>,
+        inputs: usize,
+        options: SolverOptions,
+        order: Vec<usize>,
+    ) -> Result<Self, String> {
         assert_eq!(h.len(), inputs * inputs, "H must be square");
+        assert_eq!(order.len(), inputs, "every column is walked once");
         if h.iter().any(|value| !value.is_finite()) {
             return Err("its calibration statistics hold NaN or infinity: the model produces \
                         non-finite activations on this text"
@@ -108,9 +130,7 @@ impl ColumnSolver {
                 is_dead[j] = true;
             }
         }
-        let mut order: Vec<usize> = (0..inputs).collect();
-        if options.act_order {
-            order.sort_by(|&a, &b| h[b * inputs + b].total_cmp(&h[a * inputs + a]).then(a.cmp(&b)));
+        if !order.is_sorted() {
             let source = h.clone();
             h.par_chunks_mut(inputs).zip(&order).for_each(|(row, &i)| {
                 for (value, &j) in row.iter_mut().zip(&order) {
@@ -142,6 +162,11 @@ impl ColumnSolver {
              give more calibration text or a larger --percdamp",
             options.percdamp + (DAMP_TRIES - 1) as f64 * DAMP_STEP
         ))
+    }
+
+    /// Sets the columns per block: matrices that read the same inputs may have groups of different sizes.
+    pub fn set_block(&mut self, columns: usize) {
+        self.block = columns.max(1);
     }
 
     /// Original index of each walked column.

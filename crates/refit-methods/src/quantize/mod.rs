@@ -14,11 +14,13 @@
 //! compressed-tensors, GPTQ.
 
 pub mod activations;
+pub mod allocate;
 pub mod awq;
 pub mod chain;
 pub mod compeft;
 pub mod export;
 pub mod finequant;
+pub mod fit;
 pub mod fold;
 pub mod gptq;
 pub mod grid;
@@ -29,6 +31,7 @@ pub mod record;
 pub mod regrid;
 pub mod repquant;
 pub mod rtn;
+pub mod shiftaddllm;
 pub mod smoothquant;
 
 use crate::registry::Entry;
@@ -39,6 +42,8 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<hqq::Hqq>(),
     Entry::of::<finequant::FineQuant>(),
     Entry::of::<gptq::Gptq>(),
+    Entry::of::<fit::Fit>(),
+    Entry::of::<shiftaddllm::ShiftAddLlm>(),
     Entry::of::<awq::Awq>(),
     Entry::of::<smoothquant::SmoothQuant>(),
     Entry::of::<repquant::RepQuant>(),

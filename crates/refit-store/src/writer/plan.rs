@@ -70,6 +70,15 @@ impl WritePlan {
             .iter()
             .try_fold(0u64, |sum, tensor| sum.checked_add(tensor.dtype.bytes_of(&tensor.shape)?))
     }
+
+    /// Bytes of the weight files that the plan will write, headers included, without writing them.
+    ///
+    /// # Errors
+    /// [`Error::BadPlan`] for tensors that cannot be written.
+    pub fn file_bytes(&self) -> Result<u64> {
+        let layout = FileLayout::new(Path::new(""), self)?;
+        Ok(layout.shards.iter().map(|shard| shard.len).sum())
+    }
 }
 
 /// One weight file of the output.

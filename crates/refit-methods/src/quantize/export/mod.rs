@@ -18,6 +18,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use refit_store::card::Relation;
+use refit_store::lattice::Lattice;
 use refit_store::{DType, GgmlType};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -40,7 +41,25 @@ mod packed;
 mod prove;
 mod write;
 
+pub(crate) use decide::float_of;
 pub use decide::{Decision, How};
+
+/// Name, shape and type of what compressed-tensors keeps of a linear `[out, in]` on a grid, codes in words.
+pub(crate) fn packed_parts(
+    tensor: &str,
+    shape: [usize; 2],
+    lattice: Lattice,
+) -> Vec<(String, Vec<usize>, DType)> {
+    let packed = Decision {
+        source: Some(tensor.to_owned()),
+        name: tensor.trim_end_matches(".weight").to_owned(),
+        shape: shape.to_vec(),
+        dtype: DType::F16.to_string(),
+        how: How::Codes(lattice),
+        packed: Some(decide::Packing { parts: decide::Parts::Words, lattice }),
+    };
+    packed.parts()
+}
 
 /// Name in messages.
 const NAME: &str = "export";

@@ -85,14 +85,16 @@ impl Gptq {
         }
     }
 
-    /// Columns per block for rows of `inputs`: whole groups, so that a group is complete when the walk
-    /// enters it.
+    /// Columns per block for rows of `inputs`.
     fn block(&self, inputs: usize) -> usize {
-        match self.group {
-            Group::Size(group) if group < inputs => (self.block_size / group).max(1) * group,
-            _ => self.block_size,
-        }
+        whole_groups(self.block_size, self.group.size().unwrap_or(inputs), inputs)
     }
+}
+
+/// Columns per block in whole groups, so that a group is complete when the walk enters it. Whole rows are fitted before the walk
+/// and ask for nothing.
+pub(crate) fn whole_groups(block: usize, group: usize, inputs: usize) -> usize {
+    if group < inputs { (block / group).max(1) * group } else { block }
 }
 
 impl Method for Gptq {
