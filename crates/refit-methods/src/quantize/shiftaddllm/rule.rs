@@ -113,9 +113,10 @@ pub fn plain(
     for start in (0..inputs).step_by(columns) {
         rule.begin_block(start..start + columns, weights, &[]);
         for (row, decided) in decided.chunks_mut(inputs).enumerate() {
-            for column in start..start + columns {
-                let from = &weights[row * inputs..(row + 1) * inputs];
-                decided[column] = rule.decide(&mut (), row, column, from, &[]).value + 0.0;
+            let from = &weights[row * inputs..(row + 1) * inputs];
+            for (i, decided) in decided[start..start + columns].iter_mut().enumerate() {
+                let column = start + i;
+                *decided = rule.decide(&mut (), row, column, from, &[]).value + 0.0;
             }
         }
     }
