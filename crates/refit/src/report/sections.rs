@@ -306,9 +306,14 @@ pub(super) fn machine(page: &mut String, run: &RunRecord) {
     for (name, value) in rows.iter().filter(|(_, value)| !value.is_empty()) {
         let _ = write!(page, "<div><dt>{name}</dt><dd>{}</dd></div>", Esc(value));
     }
+    page.push_str("</dl>\n</section>\n");
+    if run.recipe_sha256.is_empty() {
+        let _ = writeln!(page, "<footer>Written by refit {}.</footer>", Esc(&run.refit));
+        return;
+    }
     let _ = write!(
         page,
-        "</dl>\n</section>\n<footer>Written by refit {} from <code>run.json</code> (recipe sha256 <code>{}</code>).</footer>\n",
+        "<footer>Written by refit {} from <code>run.json</code> (recipe sha256 <code>{}</code>).</footer>\n",
         Esc(&run.refit),
         Esc(run.recipe_sha256.get(..16).unwrap_or(&run.recipe_sha256))
     );

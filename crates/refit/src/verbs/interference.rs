@@ -117,6 +117,7 @@ fn record(app: &App, found: &Interference) -> RunRecord {
         machine: crate::machine::describe(app.global.device.as_str()),
         artifacts: vec![ArtifactRecord {
             label: "before a merge".to_owned(),
+            method: Some("interference".to_owned()),
             name,
             report: json!({ report::interference::KEY: found }),
             ..ArtifactRecord::default()
