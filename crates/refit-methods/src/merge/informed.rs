@@ -3,7 +3,7 @@
 use refit_data::rng::Rng;
 
 use crate::calibrated::Calibration;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::inputs::Inputs;
 use crate::method::{InputSpec, Need};
 
@@ -12,23 +12,21 @@ pub const INPUTS: InputSpec = InputSpec {
     min_models: 2,
     max_models: None,
     text: Need::Required,
-    data_role: "text that each model is good at: one for every model, in their order, or one for all",
+    data_role: "text that each model is good at: one for every model, in their order, or some for all",
     ..InputSpec::WEIGHTS
 };
 
-/// Refuses a number of texts that is neither one nor that of the models.
-///
-/// # Errors
-/// [`Error::Conflict`].
-pub fn check(method: &'static str, inputs: &Inputs) -> Result<()> {
-    let (texts, models) = (inputs.text.len(), inputs.models.len());
-    if texts == 1 || texts == models {
-        return Ok(());
+/// Whether every model has a text of its own; otherwise each reads all of them.
+pub fn own_texts(inputs: &Inputs) -> bool {
+    inputs.text.len() == inputs.models.len()
+}
+
+/// Who reads what, for a plan.
+pub fn describe(inputs: &Inputs) -> String {
+    match own_texts(inputs) {
+        true => "every model reads the text in its place".to_owned(),
+        false => format!("every model reads all of {} texts", inputs.text.len()),
     }
-    let problem = format!(
-        "{texts} texts for {models} models; give one for each, in their order, or one for all"
-    );
-    Err(Error::Conflict { method, problem })
 }
 
 /// The sequences of model `at`.
@@ -41,12 +39,11 @@ pub fn draw(
     at: usize,
     seed: u64,
 ) -> Result<Vec<Vec<u32>>> {
-    let text = inputs.text.get(at).unwrap_or(&inputs.text[0]);
-    let own = Inputs {
-        models: vec![inputs.models[at].clone()],
-        text: vec![text.clone()],
-        ..Inputs::default()
+    let text = match own_texts(inputs) {
+        true => vec![inputs.text[at].clone()],
+        false => inputs.text.clone(),
     };
+    let own = Inputs { models: vec![inputs.models[at].clone()], text, ..Inputs::default() };
     let seed = Rng::named(seed, &format!("model {at}")).next_u64();
     calibration.draw(&own, seed)
 }

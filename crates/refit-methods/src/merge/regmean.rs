@@ -111,13 +111,13 @@ impl Method for RegMean {
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         within(NAME, "reduce", &[self.reduce], (0.0, 1.0))?;
         self.calibration().check(NAME)?;
-        informed::check(NAME, inputs)?;
         for at in 0..inputs.models.len() {
             informed::draw(&self.calibration(), inputs, at, 0)?;
         }
         let program = self.program(inputs)?;
         let mut plan = Plan::of(self);
         program.describe(inputs, &mut plan);
+        plan.notes.push(informed::describe(inputs));
         self.calibration().describe(&mut plan, &inputs.models[0]);
         let solved = Self::solved(inputs);
         let all = inputs.models[0].artifact.architecture().linears().count();

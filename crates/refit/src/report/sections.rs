@@ -311,9 +311,9 @@ pub(super) fn machine(page: &mut String, run: &RunRecord) {
         let _ = writeln!(page, "<footer>Written by refit {}.</footer>", Esc(&run.refit));
         return;
     }
-    let _ = write!(
+    let _ = writeln!(
         page,
-        "<footer>Written by refit {} from <code>run.json</code> (recipe sha256 <code>{}</code>).</footer>\n",
+        "<footer>Written by refit {} from <code>run.json</code> (recipe sha256 <code>{}</code>).</footer>",
         Esc(&run.refit),
         Esc(run.recipe_sha256.get(..16).unwrap_or(&run.recipe_sha256))
     );

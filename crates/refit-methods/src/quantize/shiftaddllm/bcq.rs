@@ -107,13 +107,24 @@ impl Fitting {
     /// the reference keeps the last.
     pub fn fit(&self, v: &[f32]) -> Vec<f32> {
         let (codes, alphas) = greedy(v, usize::from(self.bits));
-        let mut best = self.stored(alphas);
         if self.bits < 2 {
+            return self.stored(alphas);
+        }
+        let (best, least) = self.turns(v, codes, self.stored(alphas));
+        if self.bits <= 4 {
             return best;
         }
-        let mut codes = codes;
-        let mut least = f64::INFINITY;
-        let mut last = best.clone();
+        // With many scales turns end far from the best: equal steps over the whole range are a better start.
+        let most = v.iter().fold(0f64, |most, w| most.max(f64::from(w.abs())));
+        let halves = (1..=i32::from(self.bits)).map(|i| most * f64::from(-i).exp2()).collect();
+        let start = self.stored(halves);
+        let (other, error) = self.turns(v, assign(v, &start).0, start);
+        if error < least { other } else { best }
+    }
+
+    /// The best scales met in turns from a start, and their squared error.
+    fn turns(&self, v: &[f32], mut codes: Vec<u8>, start: Vec<f32>) -> (Vec<f32>, f64) {
+        let (mut best, mut last, mut least) = (start.clone(), start, f64::INFINITY);
         for round in 0..=self.rounds {
             if round > 0 {
                 last = self.stored(least_squares(v, &codes, usize::from(self.bits)));
@@ -128,7 +139,7 @@ impl Fitting {
             }
             codes = found;
         }
-        best
+        (best, least)
     }
 
     /// Scales as they are stored: magnitudes, largest first, in powers of two.

@@ -164,6 +164,8 @@ fn fence(info: &Info, language: &'static str) -> &'static str {
     match info.name {
         // The small model has no biases.
         "bitfit" => "text",
+        // They want text, a size or something compressed, or its width is no multiple of their groups.
+        "awq" | "smoothquant" | "repquant" | "fit" | "decompress" => "text",
         // Labelled examples do not travel with refit.
         _ if classifies(info) => "text",
         _ => language,
@@ -196,6 +198,8 @@ fn command_line(info: &Info) -> String {
         (Need::Required, _) => " --text builtin:calibration",
         (_, Need::Required) => " --data builtin:kjv-calib --steps 4",
         (_, Need::Optional) => " --data lesson.jsonl",
+        (Need::Optional, _) if info.inputs.labelled == Need::Optional => " --text FILE",
+        _ if info.name == "fit" => " --bpw 3.1",
         _ => "",
     };
     let small = small(info.name).map(|(flag, value)| format!(" --{flag} {value}"));
