@@ -3,7 +3,7 @@
 
 use clap::Arg;
 use clap::builder::PossibleValue;
-use refit_methods::method::{Effort, Info, Need, OutputKind, Touches};
+use refit_methods::method::{Effort, Family, Info, Need, OutputKind, Touches};
 use refit_methods::registry::{self, Entry};
 use serde_json::Value;
 
@@ -198,7 +198,11 @@ fn command_line(info: &Info) -> String {
         (Need::Required, _) => " --text builtin:calibration",
         (_, Need::Required) => " --data builtin:kjv-calib --steps 4",
         (_, Need::Optional) => " --data lesson.jsonl",
-        (Need::Optional, _) if info.inputs.labelled == Need::Optional => " --text FILE",
+        (Need::Optional, _)
+            if info.inputs.labelled == Need::Optional && info.family == Family::Quantize =>
+        {
+            " --text FILE"
+        }
         _ if info.name == "fit" => " --bpw 3.1",
         _ => "",
     };
