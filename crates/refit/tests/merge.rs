@@ -187,7 +187,7 @@ fn merges_that_look_at_text_keep_what_models_agree_on() {
         let compared =
             place.run(&["compare", &same, "builtin:tiny", "--weights-only", "--json"]).json();
         for tensor in compared["tensors"].as_array().unwrap() {
-            assert!(tensor["relative"].as_f64().unwrap() < 2e-3, "{method}: {tensor}");
+            assert!(tensor["relative_frobenius"].as_f64().unwrap() < 2e-3, "{method}: {tensor}");
         }
         let out = format!("{method}-out");
         merge(&["a", "b"], &out, &[]);

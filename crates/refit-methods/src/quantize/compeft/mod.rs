@@ -272,7 +272,10 @@ impl Method for Compeft {
         if let [scale] = ternary.header.scales[..] {
             report["scale"] = json!(scale);
         }
-        let (lineage, card) = emit::describe_adapter(inputs, &fingerprints, plan, cx, &report)?;
+        // The card counts what the file holds, not what it stands for.
+        let mut held = plan.clone();
+        held.tensors = parts(&ternary)?;
+        let (lineage, card) = emit::describe_adapter(inputs, &fingerprints, &held, cx, &report)?;
         let out = cx.out()?;
         let artifact = ternary.write(out, &source.config, lineage, card, cx.force)?;
         if report["kept"] == 0 {
@@ -280,6 +283,28 @@ impl Method for Compeft {
         }
         Ok(Output { artifact: Some(artifact), report, warnings })
     }
+}
+
+/// The tensors of the weight file.
+fn parts(ternary: &Ternary) -> Result<Vec<PlannedTensor>> {
+    let header = serde_json::to_vec(&ternary.header).map_err(|error| Error::BadData {
+        source_name: NAME.into(),
+        problem: format!("the header cannot be written: {error}"),
+    })?;
+    let values = ternary.values.as_ref().map_or(0, Vec::len);
+    let sizes = [
+        ("header", header.len(), "U8"),
+        ("payload", ternary.payload.len(), "U8"),
+        ("values", values, "F32"),
+    ];
+    let part = |(name, count, dtype): (&str, usize, &str)| PlannedTensor {
+        name: name.into(),
+        shape: vec![count],
+        dtype: dtype.into(),
+        bytes: if dtype == "F32" { 4 * count as u64 } else { count as u64 },
+        action: Action::Transform,
+    };
+    Ok(sizes.into_iter().filter(|(_, count, _)| *count > 0).map(part).collect())
 }
 
 /// Bits per entry that signs of a share `k` need at least.
