@@ -342,6 +342,7 @@ fn describe(
     let mut card = Card::from_lineage(name.unwrap_or_else(|| plan.method.clone()), &lineage);
     card.relation = Some(match crate::registry::get(&plan.method)?.info.family {
         crate::method::Family::Quantize => Relation::Quantized,
+        crate::method::Family::Factorize => Relation::Factorized,
         crate::method::Family::Prune => Relation::Pruned,
         crate::method::Family::Merge => Relation::Merge,
         crate::method::Family::Adapt => Relation::Finetune,

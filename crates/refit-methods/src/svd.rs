@@ -5,6 +5,7 @@
 
 use faer::diag::Diag;
 use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Mat, MatRef, Par};
 use refit_data::rng::Rng;
@@ -106,6 +107,35 @@ pub fn thin(a: &[f32], m: usize, n: usize) -> Result<Svd, NoConvergence> {
     };
     let s = (0..k).map(|j| s[j]).collect();
     Ok(Svd { ut: rows(&u, m), s, vt: rows(&v, n), m, n })
+}
+
+/// Eigenvalues in ascending order and eigenvectors as rows, `[n, n]`, of a symmetric matrix `a` `[n, n]`.
+///
+/// # Errors
+/// [`NoConvergence`], where values are not finite.
+///
+/// # Panics
+/// When `a` does not hold `n * n` values: a bug in the caller.
+pub fn symmetric(a: &[f64], n: usize) -> Result<(Vec<f64>, Vec<f64>), NoConvergence> {
+    assert_eq!(a.len(), n * n, "invariant: a square matrix of {n}");
+    if a.iter().any(|x| !x.is_finite()) {
+        return Err(NoConvergence);
+    }
+    let mut vectors = Mat::<f64>::zeros(n, n);
+    let mut values = Diag::<f64>::zeros(n);
+    let (par, wanted) = (Par::Seq, ComputeEigenvectors::Yes);
+    let scratch = self_adjoint_evd_scratch::<f64>(n, wanted, par, Default::default());
+    self_adjoint_evd(
+        MatRef::from_row_major_slice(a, n, n),
+        values.as_mut(),
+        Some(vectors.as_mut()),
+        par,
+        MemStack::new(&mut MemBuffer::new(scratch)),
+        Default::default(),
+    )
+    .map_err(|_| NoConvergence)?;
+    let rows = (0..n).flat_map(|k| (0..n).map(move |i| (i, k))).map(|at| vectors[at]);
+    Ok(((0..n).map(|k| values[k]).collect(), rows.collect()))
 }
 
 /// The `rank` leading singular values and vectors of `a` `[m, n]` by a randomized range finder with two power iterations
@@ -263,6 +293,28 @@ mod tests {
         let found = truncated(&thin_one, m, n, 4, 1).unwrap();
         assert!(distance(&product(&found), &thin_one) < 1e-3);
         assert!(truncated(&vec![0.0; m * n], m, n, 4, 1).unwrap().s.iter().all(|s| *s == 0.0));
+    }
+
+    #[test]
+    fn symmetric_ones_are_rebuilt_from_their_eigenvectors() {
+        let n = 24;
+        let x = Stream::new(4).normals(40 * n);
+        let mut a = vec![0f64; n * n];
+        for row in x.chunks(n) {
+            for (i, a) in a.chunks_mut(n).enumerate() {
+                a.iter_mut().zip(row).for_each(|(a, x)| *a += f64::from(row[i]) * f64::from(*x));
+            }
+        }
+        let (values, vectors) = symmetric(&a, n).unwrap();
+        assert!(values[0] > -1e-9 && values.windows(2).all(|pair| pair[0] <= pair[1]));
+        for i in 0..n {
+            for j in 0..n {
+                let rebuilt: f64 =
+                    (0..n).map(|k| values[k] * vectors[k * n + i] * vectors[k * n + j]).sum();
+                assert!((rebuilt - a[i * n + j]).abs() < 1e-9 * values[n - 1]);
+            }
+        }
+        assert_eq!(symmetric(&[f64::NAN], 1), Err(NoConvergence));
     }
 
     #[test]

@@ -309,6 +309,7 @@ impl Decoder {
         let linears = self.blocks.iter().flat_map(Block::linears).chain(&self.frame.head);
         let packed = linears.filter_map(|linear| match &linear.op {
             Operator::Packed(packed) => Some(packed.matrix.bytes()),
+            Operator::Compensated(both) => Some(both.base.matrix.bytes()),
             _ => None,
         });
         packed.fold((0, 0), |(count, bytes), more| (count + 1, bytes + more))

@@ -77,7 +77,8 @@ pub enum Weights {
     /// Decoded to f32: exact, and the form that trains.
     #[default]
     Float,
-    /// In codes, where they are stored so and kernels read them ([`crate::packed`]); everything else as f32.
+    /// In codes, where they are stored so and kernels read them ([`crate::packed`]), and in factors where they are stored so;
+    /// everything else as f32.
     Packed,
 }
 
@@ -141,7 +142,8 @@ impl<'a> Loader<'a> {
                 packed?.into_iter().flatten().collect();
         }
         let is_packed = |name: &str| {
-            name != self.trunk(self.names.embed) + ".weight" && self.matrix(name).is_some()
+            let held = || self.matrix(name).is_some() || self.held_in_factors(name);
+            name != self.trunk(self.names.embed) + ".weight" && held()
         };
         let mut todo: Vec<_> = self
             .artifact
@@ -175,8 +177,34 @@ impl<'a> Loader<'a> {
         if layout_of(&self.config.model_type, name) != Layout::OutIn {
             return Ok(None);
         }
-        let coded = self.artifact.coded(name)?;
+        let coded = self.artifact.coded_beneath(name)?;
         Ok(coded.as_ref().and_then(PackedMatrix::new).map(Arc::new))
+    }
+
+    /// Whether a linear stays in the factors that it is stored in: those of a compensation stand beside codes.
+    fn held_in_factors(&self, name: &str) -> bool {
+        self.weights == Weights::Packed
+            && self.artifact.stored_in_factors(name)
+            && (!self.artifact.is_compensated(name) || self.matrix(name).is_some())
+    }
+
+    /// The factors of a linear, `down [rank, in]` and `up [out, rank]`.
+    fn factors(&self, name: &str, outputs: usize, inputs: usize) -> Result<Option<[Tensor<2>; 2]>> {
+        if !self.held_in_factors(name) {
+            return Ok(None);
+        }
+        let Some(stored) = self.artifact.factors(name)? else { return Ok(None) };
+        let matrix = |values: Vec<f32>, shape: [usize; 2]| {
+            Tensor::<2>::from_data(TensorData::new(values, shape), &self.device)
+        };
+        let rank = stored.rank;
+        Ok(Some(match layout_of(&self.config.model_type, name) {
+            Layout::InOut => [
+                matrix(stored.left, [inputs, rank]).transpose(),
+                matrix(stored.right, [rank, outputs]).transpose(),
+            ],
+            _ => [matrix(stored.right, [rank, inputs]), matrix(stored.left, [outputs, rank])],
+        }))
     }
 
     /// A matrix that was packed ahead.
@@ -249,11 +277,18 @@ impl<'a> Loader<'a> {
     /// A linear `site` with `[outputs, inputs]`, and its bias where the artifact has one.
     pub(crate) fn linear(&self, site: String, outputs: usize, inputs: usize) -> Result<Linear> {
         let name = format!("{site}.weight");
-        if let Some(matrix) = self.matrix(&name) {
+        let matrix = self.matrix(&name);
+        if let Some(matrix) = &matrix {
             let found = vec![matrix.rows(), matrix.inputs()];
             if found != [outputs, inputs] {
                 return Err(Error::Shape { name, found, expected: vec![outputs, inputs] });
             }
+        }
+        if let Some([down, up]) = self.factors(&name, outputs, inputs)? {
+            let bias = self.bias(&site, outputs)?;
+            return Ok(Linear::factored(site, matrix, down, up, bias));
+        }
+        if let Some(matrix) = matrix {
             return Ok(Linear::packed(site.clone(), matrix, self.bias(&site, outputs)?));
         }
         let weight = if layout_of(&self.config.model_type, &site) == Layout::InOut {

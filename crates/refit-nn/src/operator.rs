@@ -35,6 +35,16 @@ pub struct Packed {
     pub matrix: SharedMatrix,
 }
 
+/// A weight in codes and a product of low rank that gives back some of what the codes lost: `x · Ŵᵀ + (x · Vᵀ) · Uᵀ` (LoRC,
+/// arXiv:2303.08302). The product is never added into the codes.
+#[derive(Module, Debug)]
+pub struct Compensated {
+    /// `Ŵ`.
+    pub base: Packed,
+    /// `U` is `up`, `V` is `down`.
+    pub pair: LowRank,
+}
+
 /// What computes `x · Wᵀ` at a site.
 #[derive(Module, Debug)]
 pub enum Operator {
@@ -44,6 +54,29 @@ pub enum Operator {
     LowRank(LowRank),
     /// Codes.
     Packed(Packed),
+    /// Codes, and a product of two thin matrices.
+    Compensated(Compensated),
+}
+
+impl LowRank {
+    /// `x [batch, seq, in]` to `[batch, seq, out]`, through the rank.
+    fn forward(&self, x: Tensor<3>, bias: Option<Tensor<1>>, run: &Run) -> Tensor<3> {
+        let inner = run.linear(x, self.down.val(), None);
+        run.linear(inner, self.up.val(), bias)
+    }
+
+    /// The product `[out, in]`.
+    fn weight(&self) -> Tensor<2> {
+        self.up.val().matmul(self.down.val())
+    }
+}
+
+impl Packed {
+    /// The weight, decoded.
+    fn weight(&self) -> Tensor<2> {
+        let shape = [self.matrix.rows(), self.matrix.inputs()];
+        Tensor::from_data(TensorData::new(self.matrix.decode(), shape), &Device::flex())
+    }
 }
 
 /// A linear layer: a site's operator and its bias.
@@ -71,11 +104,12 @@ impl Linear {
         let bias = self.bias.as_ref().map(|b| b.val());
         let y = match &self.op {
             Operator::Dense(dense) => adapt::forward(dense, x, bias, run),
-            Operator::LowRank(pair) => {
-                let down = run.linear(x, pair.down.val(), None);
-                run.linear(down, pair.up.val(), bias)
-            }
+            Operator::LowRank(pair) => pair.forward(x, bias, run),
             Operator::Packed(packed) => ops::packed_linear(x, &packed.matrix, bias),
+            Operator::Compensated(both) => {
+                let more = both.pair.forward(x.clone(), None, run);
+                ops::packed_linear(x, &both.base.matrix, bias) + more
+            }
         };
         run.tap(|| format!("{}:out", self.site), y)
     }
@@ -107,7 +141,10 @@ impl Linear {
         match &self.op {
             Operator::Dense(dense) => dense.weight.val().dims(),
             Operator::LowRank(pair) => [pair.up.val().dims()[0], pair.down.val().dims()[1]],
-            Operator::Packed(Packed { matrix }) => [matrix.rows(), matrix.inputs()],
+            Operator::Packed(Packed { matrix })
+            | Operator::Compensated(Compensated { base: Packed { matrix }, .. }) => {
+                [matrix.rows(), matrix.inputs()]
+            }
         }
     }
 
@@ -115,17 +152,31 @@ impl Linear {
     pub fn weight(&self) -> Tensor<2> {
         match &self.op {
             Operator::Dense(dense) => dense.weight.val(),
-            Operator::LowRank(pair) => pair.up.val().matmul(pair.down.val()),
-            Operator::Packed(Packed { matrix }) => {
-                let data = TensorData::new(matrix.decode(), [matrix.rows(), matrix.inputs()]);
-                Tensor::from_data(data, &Device::flex())
-            }
+            Operator::LowRank(pair) => pair.weight(),
+            Operator::Packed(packed) => packed.weight(),
+            Operator::Compensated(both) => both.base.weight() + both.pair.weight(),
         }
     }
 
     /// A linear whose weight stays packed.
     pub fn packed(site: impl Into<String>, matrix: SharedMatrix, bias: Option<Tensor<1>>) -> Self {
         let op = Operator::Packed(Packed { matrix });
+        Self { site: site.into(), op, bias: bias.map(Param::from_tensor) }
+    }
+
+    /// A linear whose weight is a product of `down [rank, in]` and `up [out, rank]`, alone or beside codes.
+    pub fn factored(
+        site: impl Into<String>,
+        matrix: Option<SharedMatrix>,
+        down: Tensor<2>,
+        up: Tensor<2>,
+        bias: Option<Tensor<1>>,
+    ) -> Self {
+        let pair = LowRank { down: Param::from_tensor(down), up: Param::from_tensor(up) };
+        let op = match matrix {
+            Some(matrix) => Operator::Compensated(Compensated { base: Packed { matrix }, pair }),
+            None => Operator::LowRank(pair),
+        };
         Self { site: site.into(), op, bias: bias.map(Param::from_tensor) }
     }
 

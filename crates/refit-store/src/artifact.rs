@@ -12,8 +12,8 @@ use crate::architecture::{self, Architecture, LoadReport, Resolved};
 use crate::config::Config;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::formats::factored::{Factors, LOW_RANK};
 use crate::formats::gguf;
-use crate::formats::packed::Packed;
 use crate::hash;
 use crate::lattice::{self, Lattice};
 use crate::layout::{self, Layout};
@@ -117,6 +117,7 @@ pub struct Artifact {
     gguf: Option<Box<gguf::Header>>,
     on_disk: Vec<SideFile>,
     packed: Option<&'static str>,
+    factored: bool,
     resolved: OnceLock<Resolved>,
     side_files: OnceLock<Vec<SideFile>>,
 }
@@ -126,11 +127,34 @@ impl Artifact {
     /// file. Reads and checks headers only; every malformed header is an error that names file and tensor.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let Layout { format, mut entries, config, gguf, packed, side_files } = layout::open(path)?;
+        Ok(Self::assemble(path, layout::open(path)?))
+    }
+
+    /// As [`open`](Self::open), without the products that are stored beside quantized matrices: those matrices alone.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_uncompensated(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let mut layout = layout::open(path)?;
+        for entry in &mut layout.entries {
+            let base = match &entry.view {
+                View::Factored(parts) => parts.base.clone(),
+                _ => None,
+            };
+            if let Some(base) = base {
+                *entry = base;
+            }
+        }
+        Ok(Self::assemble(path, layout))
+    }
+
+    fn assemble(path: &Path, layout: Layout) -> Self {
+        let Layout { format, mut entries, config, gguf, packed, factored, side_files } = layout;
         entries.sort_by(|a, b| a.info.name.cmp(&b.info.name));
         let infos: Vec<TensorInfo> = entries.iter().map(|entry| entry.info.clone()).collect();
         let index = infos.iter().enumerate().map(|(at, info)| (info.name.clone(), at)).collect();
-        Ok(Self {
+        Self {
             path: path.to_owned(),
             format,
             config,
@@ -140,9 +164,10 @@ impl Artifact {
             gguf,
             on_disk: side_files,
             packed,
+            factored,
             resolved: OnceLock::new(),
             side_files: OnceLock::new(),
-        })
+        }
     }
 
     /// The path that was opened.
@@ -173,11 +198,14 @@ impl Artifact {
 
     /// The packed form of a tensor, in words; `None` where it is stored as it is.
     pub fn stored_packed(&self, name: &str) -> Result<Option<String>> {
-        let bits = match &self.entry(name)?.view {
-            View::Packed(packed) => Some(packed.bits),
+        Ok(match (&self.entry(name)?.view, self.packed) {
+            (View::Packed(packed), Some(format)) => Some(format!("{}-bit {format}", packed.bits)),
+            (View::Factored(parts), _) if parts.base.is_some() => {
+                Some(format!("compensated at rank {}", parts.rank()))
+            }
+            (View::Factored(parts), _) => Some(format!("factors of rank {}", parts.rank())),
             _ => None,
-        };
-        Ok(bits.zip(self.packed).map(|(bits, format)| format!("{bits}-bit {format}")))
+        })
     }
 
     /// Bytes that a tensor takes on disk: less than [`TensorInfo::nbytes`] where it is packed.
@@ -185,6 +213,7 @@ impl Artifact {
         let entry = self.entry(name)?;
         Ok(match &entry.view {
             View::Packed(packed) => packed.nbytes(),
+            View::Factored(factored) => factored.nbytes(),
             _ => entry.info.nbytes,
         })
     }
@@ -204,11 +233,51 @@ impl Artifact {
         })
     }
 
-    /// The parts of a tensor that is stored packed.
-    pub(crate) fn packed_entry(&self, name: &str) -> Result<Option<&Packed>> {
-        Ok(match &self.entry(name)?.view {
-            View::Packed(packed) => Some(packed),
-            _ => None,
+    /// Whether matrices are stored in factors that are multiplied out when they are read.
+    pub fn factored(&self) -> bool {
+        self.factored
+    }
+
+    /// Whether a matrix is stored in factors, or beside a product of them.
+    pub fn stored_in_factors(&self, name: &str) -> bool {
+        matches!(self.entry(name).map(|entry| &entry.view), Ok(View::Factored(_)))
+    }
+
+    /// The factors of a matrix that is stored so, in the orientation in which it is stored; `None` for any other. Where
+    /// [`is_compensated`](Self::is_compensated), their product is beside a matrix.
+    ///
+    /// # Errors
+    /// A tensor that is not there or cannot be read.
+    pub fn factors(&self, name: &str) -> Result<Option<Factors>> {
+        match &self.entry(name)?.view {
+            View::Factored(factored) => factored.factors().map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether a matrix is stored as another one and a product of thin matrices that is added to it.
+    pub fn is_compensated(&self, name: &str) -> bool {
+        matches!(self.entry(name).map(|entry| &entry.view), Ok(View::Factored(parts)) if parts.base.is_some())
+    }
+
+    /// The matrix that a compensation is added to, as f32; `None` where there is no compensation.
+    ///
+    /// # Errors
+    /// A tensor that is not there or cannot be read.
+    pub fn read_uncompensated(&self, name: &str) -> Result<Option<Vec<f32>>> {
+        let View::Factored(parts) = &self.entry(name)?.view else { return Ok(None) };
+        let Some(base) = &parts.base else { return Ok(None) };
+        let mut values = vec![0.0; base.info.numel()];
+        base.read_f32(0, &mut values)?;
+        Ok(Some(values))
+    }
+
+    /// A tensor as codes may lie under it: that which a compensation is added to, where there is one.
+    pub(crate) fn beneath(&self, name: &str) -> Result<&Entry> {
+        let entry = self.entry(name)?;
+        Ok(match &entry.view {
+            View::Factored(parts) => parts.base.as_ref().unwrap_or(entry),
+            _ => entry,
         })
     }
 
@@ -269,7 +338,7 @@ impl Artifact {
         self.index.contains_key(name)
     }
 
-    fn entry(&self, name: &str) -> Result<&Entry> {
+    pub(crate) fn entry(&self, name: &str) -> Result<&Entry> {
         self.index.get(name).map(|&at| &self.entries[at]).ok_or_else(|| Error::NoSuchTensor {
             path: self.path.clone(),
             tensor: name.to_owned(),
@@ -287,7 +356,9 @@ impl Artifact {
     /// Elements `start..start + out.len()`, decoded. Reads by position: no page stays resident.
     pub fn read_f32_into(&self, name: &str, start: usize, out: &mut [f32]) -> Result<()> {
         let entry = self.entry(name)?;
-        if out.len() < 2 * PARALLEL_ELEMENTS || matches!(entry.view, View::Transposed { .. }) {
+        if out.len() < 2 * PARALLEL_ELEMENTS
+            || matches!(entry.view, View::Transposed { .. } | View::Factored(_))
+        {
             return entry.read_f32(start, out);
         }
         let chunks = out.par_chunks_mut(PARALLEL_ELEMENTS).enumerate();
@@ -330,14 +401,17 @@ impl Artifact {
     pub fn side_files(&self) -> &[SideFile] {
         self.side_files.get_or_init(|| {
             let mut files = self.on_disk.clone();
-            if self.packed.is_some() {
-                // What is read from here is decoded: the settings of the codes would be wrong beside it.
+            if self.packed.is_some() || self.factored {
+                // What is read from here is decoded: the settings of codes and factors would be wrong beside it.
                 let mut config = self.config.raw().clone();
                 config.retain(|key, _| {
-                    !matches!(key.as_str(), "quantization_config" | "compression_config")
+                    let packed = ["quantization_config", "compression_config"];
+                    !(packed.contains(&key.as_str()) && self.packed.is_some() || key == LOW_RANK)
                 });
                 files.retain(|file| !matches!(&*file.name, "config.json" | "quantize_config.json"));
-                files.push(SideFile::from_bytes("config.json", Config::new(config).to_json()));
+                if !config.is_empty() {
+                    files.push(SideFile::from_bytes("config.json", Config::new(config).to_json()));
+                }
             }
             let mut add = |file: SideFile| {
                 if files.iter().all(|present| present.name != file.name) {
@@ -428,6 +502,7 @@ impl Artifact {
             if self.path.is_dir() { &*self.path } else { self.path.parent().unwrap_or(&self.path) };
         let of_entry = |entry: &Entry| match &entry.view {
             View::Packed(packed) => packed.parts().map(|part| part.source.path.clone()).collect(),
+            View::Factored(parts) => parts.parts().map(|part| part.source.path.clone()).collect(),
             _ => vec![entry.source.path.clone()],
         };
         let mut paths: Vec<PathBuf> = self.entries.iter().flat_map(of_entry).collect();

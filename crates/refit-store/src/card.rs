@@ -65,6 +65,8 @@ pub enum Relation {
     Finetune,
     /// Weights removed.
     Pruned,
+    /// Full matrices replaced by thin factors.
+    Factorized,
     /// Records or concepts removed.
     Unlearned,
     /// The same weights in another file format.
@@ -72,13 +74,17 @@ pub enum Relation {
 }
 
 impl Relation {
-    /// The hub's word; it has none of its own for pruned, unlearned and converted models.
+    /// The hub's word; it has none of its own for pruned, factorized, unlearned and converted models.
     pub fn hub(self) -> &'static str {
         match self {
             Self::Adapter => "adapter",
             Self::Merge => "merge",
             Self::Quantized => "quantized",
-            Self::Finetune | Self::Pruned | Self::Unlearned | Self::Converted => "finetune",
+            Self::Finetune
+            | Self::Pruned
+            | Self::Factorized
+            | Self::Unlearned
+            | Self::Converted => "finetune",
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::convert::f16_to_f32;
 use crate::dtype::{DType, GgmlType};
 use crate::error::Result;
 use crate::lattice::Lattice;
+use crate::storage::{Entry, View};
 
 /// The file in which refit says what it quantized; the weights beside it are decoded.
 pub const RECORD: &str = "refit.quantization.json";
@@ -106,22 +107,35 @@ impl Artifact {
     /// # Errors
     /// A tensor that is not there or cannot be read.
     pub fn coded(&self, name: &str) -> Result<Option<Coded>> {
-        let info = self.tensor(name)?.clone();
+        match self.entry(name)?.view {
+            View::Factored(_) => Ok(None),
+            _ => self.coded_beneath(name),
+        }
+    }
+
+    /// [`coded`](Self::coded), of the matrix that a compensation is added to where there is one.
+    ///
+    /// # Errors
+    /// As [`coded`](Self::coded).
+    pub fn coded_beneath(&self, name: &str) -> Result<Option<Coded>> {
+        let entry = self.beneath(name)?;
+        let info = &entry.info;
         let &[rows, inputs] = &info.shape[..] else { return Ok(None) };
         if inputs == 0 || rows == 0 {
             return Ok(None);
         }
-        if let DType::Ggml(ggml) = info.dtype {
-            return self.coded_blocks(name, ggml, rows, inputs);
-        }
-        if let Some(packed) = self.packed_entry(name)? {
-            return packed.coded();
+        match (info.dtype, &entry.view) {
+            (DType::Ggml(ggml), _) => return coded_blocks(entry, ggml, rows, inputs),
+            (_, View::Packed(packed)) => return packed.coded(),
+            (_, View::Factored(_)) => return Ok(None),
+            _ => {}
         }
         let Some(lattice) = self.recorded_lattice(name) else { return Ok(None) };
         if lattice.group == 0 || !inputs.is_multiple_of(lattice.group) {
             return Ok(None);
         }
-        let weights = self.read_f32(name)?;
+        let mut weights = vec![0.0; info.numel()];
+        entry.read_f32(0, &mut weights)?;
         Ok(Coded::of_lattice(lattice, [rows, inputs], &weights, info.dtype))
     }
 
@@ -135,56 +149,55 @@ impl Artifact {
         let record: Record = serde_json::from_slice(&file.read().ok()?).ok()?;
         record.tensors.get(name).copied().filter(|lattice| (2..=8).contains(&lattice.bits))
     }
+}
 
-    fn coded_blocks(
-        &self,
-        name: &str,
-        ggml: GgmlType,
-        rows: usize,
-        inputs: usize,
-    ) -> Result<Option<Coded>> {
-        let (bits, zero) = match ggml {
-            GgmlType::Q4_0 => (4, Some(8)),
-            GgmlType::Q5_0 => (5, Some(16)),
-            GgmlType::Q8_0 => (8, Some(128)),
-            GgmlType::Q4_1 => (4, None),
-            GgmlType::Q5_1 => (5, None),
-            _ => return Ok(None),
-        };
-        let mut raw = vec![0; self.tensor(name)?.nbytes as usize];
-        self.read_raw_into(name, 0, &mut raw)?;
-        let count = rows * inputs / 32;
-        let (mut codes, mut scales, mut least) =
-            (vec![0u8; rows * inputs], Vec::with_capacity(count), Vec::new());
-        let half =
-            |block: &[u8], at: usize| f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]));
-        for (block, codes) in raw.chunks_exact(ggml.block_bytes()).zip(codes.chunks_exact_mut(32)) {
-            scales.push(half(block, 0));
-            let mut rest = &block[2..];
-            if zero.is_none() {
-                least.push(half(block, 2));
-                rest = &block[4..];
-            }
-            if bits == 8 {
-                codes.iter_mut().zip(rest).for_each(|(code, byte)| *code = byte ^ 0x80);
-                continue;
-            }
-            let mut high = 0;
-            if bits == 5 {
-                high = u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]);
-                rest = &rest[4..];
-            }
-            for (j, byte) in rest[..16].iter().enumerate() {
-                codes[j] = (byte & 15) | (((high >> j) & 1) << 4) as u8;
-                codes[j + 16] = (byte >> 4) | (((high >> (j + 16)) & 1) << 4) as u8;
-            }
+/// The codes of GGUF's 32-element blocks.
+fn coded_blocks(
+    entry: &Entry,
+    ggml: GgmlType,
+    rows: usize,
+    inputs: usize,
+) -> Result<Option<Coded>> {
+    let (bits, zero) = match ggml {
+        GgmlType::Q4_0 => (4, Some(8)),
+        GgmlType::Q5_0 => (5, Some(16)),
+        GgmlType::Q8_0 => (8, Some(128)),
+        GgmlType::Q4_1 => (4, None),
+        GgmlType::Q5_1 => (5, None),
+        _ => return Ok(None),
+    };
+    let mut raw = vec![0; entry.info.nbytes as usize];
+    entry.read_raw(0, &mut raw)?;
+    let count = rows * inputs / 32;
+    let (mut codes, mut scales, mut least) =
+        (vec![0u8; rows * inputs], Vec::with_capacity(count), Vec::new());
+    let half = |block: &[u8], at: usize| f16_to_f32(u16::from_le_bytes([block[at], block[at + 1]]));
+    for (block, codes) in raw.chunks_exact(ggml.block_bytes()).zip(codes.chunks_exact_mut(32)) {
+        scales.push(half(block, 0));
+        let mut rest = &block[2..];
+        if zero.is_none() {
+            least.push(half(block, 2));
+            rest = &block[4..];
         }
-        let zeros = match zero {
-            Some(zero) => Zeros::Constant(zero),
-            None => Zeros::Float(least),
-        };
-        Ok(Some(Coded { rows, inputs, bits, group: 32, codes, scales, zeros }))
+        if bits == 8 {
+            codes.iter_mut().zip(rest).for_each(|(code, byte)| *code = byte ^ 0x80);
+            continue;
+        }
+        let mut high = 0;
+        if bits == 5 {
+            high = u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]);
+            rest = &rest[4..];
+        }
+        for (j, byte) in rest[..16].iter().enumerate() {
+            codes[j] = (byte & 15) | (((high >> j) & 1) << 4) as u8;
+            codes[j + 16] = (byte >> 4) | (((high >> (j + 16)) & 1) << 4) as u8;
+        }
     }
+    let zeros = match zero {
+        Some(zero) => Zeros::Constant(zero),
+        None => Zeros::Float(least),
+    };
+    Ok(Some(Coded { rows, inputs, bits, group: 32, codes, scales, zeros }))
 }
 
 /// Whether every scale is exact in half precision.

@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use crate::artifact::{Format, SideFile};
 use crate::config::{self, Config};
 use crate::error::{Error, Result, ShardFault, TensorFault};
-use crate::formats::{gguf, packed, safetensors, torch};
+use crate::formats::{factored, gguf, packed, safetensors, torch};
 use crate::storage::Entry;
 
 /// What lies at a path, before it becomes an [`Artifact`](crate::Artifact).
@@ -20,6 +20,8 @@ pub(crate) struct Layout {
     pub gguf: Option<Box<gguf::Header>>,
     /// The format of packed weights, where there are any.
     pub packed: Option<&'static str>,
+    /// Whether matrices are stored in factors.
+    pub factored: bool,
     pub side_files: Vec<SideFile>,
 }
 
@@ -52,7 +54,8 @@ pub(crate) fn open(path: &Path) -> Result<Layout> {
     };
     let config = read_config(path)?.unwrap_or(built);
     let packed::Opened { entries, format: packed } = packed::open(path, entries, &config)?;
-    Ok(Layout { format, entries, config, gguf, packed, side_files: side_files(path)? })
+    let factored::Opened { entries, factored } = factored::open(path, entries, &config)?;
+    Ok(Layout { format, entries, config, gguf, packed, factored, side_files: side_files(path)? })
 }
 
 /// A single weight file. Files beside it count as its own only where a `config.json` says so.
@@ -67,7 +70,8 @@ fn open_file(path: &Path) -> Result<Layout> {
     let side_files = if beside.is_some() { side_files(directory)? } else { Vec::new() };
     let config = beside.unwrap_or(built);
     let packed::Opened { entries, format: packed } = packed::open(path, entries, &config)?;
-    Ok(Layout { format, entries, config, gguf, packed, side_files })
+    let factored::Opened { entries, factored } = factored::open(path, entries, &config)?;
+    Ok(Layout { format, entries, config, gguf, packed, factored, side_files })
 }
 
 fn read_config(directory: &Path) -> Result<Option<Config>> {

@@ -11,6 +11,7 @@ use crate::artifact::TensorInfo;
 use crate::convert;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::formats::factored::Factored;
 use crate::formats::packed::Packed;
 
 /// Bytes decoded at a time: small enough for a core's own cache, large enough to hide the call.
@@ -86,6 +87,8 @@ pub(crate) enum View {
     PlusOne { stored: DType },
     /// Codes and scales in tensors of their own; presented as `F32`.
     Packed(Arc<Packed>),
+    /// A product of thin matrices, alone or beside a matrix; presented as `F32`.
+    Factored(Arc<Factored>),
 }
 
 /// A tensor and where it lies.
@@ -106,7 +109,10 @@ impl Entry {
             View::Plain => self.source.read_at(out, self.offset + start),
             View::Interleaved { head_dim } => self.read_interleaved(*head_dim, start, out),
             View::Strided(strides) => self.gather(strides, start, out),
-            View::Transposed { .. } | View::PlusOne { .. } | View::Packed(_) => {
+            View::Transposed { .. }
+            | View::PlusOne { .. }
+            | View::Packed(_)
+            | View::Factored(_) => {
                 let (first, last) = (start / 4, (start + out.len() as u64).div_ceil(4));
                 let mut values = vec![0.0; (last - first) as usize];
                 self.read_f32(first as usize, &mut values)?;
@@ -124,6 +130,7 @@ impl Entry {
         match &self.view {
             View::Transposed { stored } => return self.read_transposed(*stored, start, out),
             View::Packed(packed) => return packed.read_f32(start, out),
+            View::Factored(factored) => return factored.read_f32(start, out),
             View::PlusOne { stored } => {
                 let plain = self.stored_as(*stored, self.info.shape.clone());
                 plain.read_f32(start, out)?;

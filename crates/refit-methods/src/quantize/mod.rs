@@ -25,6 +25,7 @@ pub mod fold;
 pub mod gptq;
 pub mod grid;
 pub mod hqq;
+pub mod lorc;
 pub mod options;
 pub mod output_error;
 pub mod record;
@@ -42,6 +43,7 @@ pub const METHODS: &[Entry] = &[
     Entry::of::<hqq::Hqq>(),
     Entry::of::<finequant::FineQuant>(),
     Entry::of::<gptq::Gptq>(),
+    Entry::of::<lorc::Lorc>(),
     Entry::of::<fit::Fit>(),
     Entry::of::<shiftaddllm::ShiftAddLlm>(),
     Entry::of::<awq::Awq>(),

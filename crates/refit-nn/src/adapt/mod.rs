@@ -247,7 +247,7 @@ impl Linear {
     pub fn form<R: Reparameterization>(&self) -> Option<&R> {
         match &self.op {
             Operator::Dense(dense) => dense.weight.reparameterization::<R>(),
-            Operator::LowRank(_) | Operator::Packed(_) => None,
+            Operator::LowRank(_) | Operator::Packed(_) | Operator::Compensated(_) => None,
         }
     }
 }

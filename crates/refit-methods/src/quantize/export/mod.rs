@@ -37,6 +37,7 @@ mod blocks;
 mod decide;
 mod inputs;
 pub(crate) mod lattices;
+pub mod lora;
 mod packed;
 mod prove;
 mod write;
@@ -220,6 +221,14 @@ pub struct Export {
 crate::paper_defaults!(Export);
 
 impl Export {
+    /// The model as this format is to hold it: compensations are multiplied out in floats, and left out beside codes.
+    fn seen(&self, inputs: &Inputs) -> Result<Inputs> {
+        match self.to {
+            Target::Safetensors => Ok(inputs.clone()),
+            _ => lora::bare(inputs),
+        }
+    }
+
     /// Parameters of one format given for another.
     fn check(&self) -> Result<()> {
         let conflict = |problem: String| Err(Error::Conflict { method: NAME, problem });
@@ -288,8 +297,15 @@ impl Method for Export {
 
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         self.check()?;
+        let compensated = lora::compensated(&inputs.models[0].artifact).len();
+        let inputs = &self.seen(inputs)?;
         let model = &inputs.models[0];
         let mut plan = Plan::of(self);
+        if compensated > 0 && self.to != Target::Safetensors {
+            plan.notes.push(format!(
+                "{compensated} matrices have a product beside their codes, for which this format has no word: it goes into an                  adapter in `lorc/`"
+            ));
+        }
         let decisions = match self.to {
             Target::Gguf => blocks::decide(self, model, &mut plan)?,
             Target::Safetensors => decide::plain(self, model)?,
@@ -340,6 +356,15 @@ impl Method for Export {
     }
 
     fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
+        let adapter = match lora::compensated(&inputs.models[0].artifact).is_empty() {
+            true => Vec::new(),
+            false => match self.to {
+                Target::Safetensors => Vec::new(),
+                Target::Gguf => vec![lora::gguf(&inputs.models[0])?],
+                _ => lora::peft(&inputs.models[0])?,
+            },
+        };
+        let inputs = &self.seen(inputs)?;
         let model = &inputs.models[0];
         let decisions: Vec<Decision> = serde_json::from_value(plan.decided.clone())
             .map_err(|source| Error::Parameters { method: NAME, source })?;
@@ -362,7 +387,7 @@ impl Method for Export {
             "format": serde_json::to_value(self.to).unwrap_or(Value::Null),
             "output_bytes": plan.output_bytes,
         });
-        let artifact = emitter.finish(inputs, plan, cx, Vec::new(), &report)?;
+        let artifact = emitter.finish(inputs, plan, cx, adapter, &report)?;
         if !self.no_prove {
             let proof = prove::prove(model, &artifact, &decisions, cx);
             cx.progress.end();

@@ -102,7 +102,7 @@ fn rows(
 }
 
 /// Rows in the order in which llama.cpp wants those of a head: row `2 j + p` is row `p d/2 + j`.
-fn interleave<T: Copy>(rows: Vec<T>, width: usize, head: Option<usize>) -> Vec<T> {
+pub fn interleave<T: Copy>(rows: Vec<T>, width: usize, head: Option<usize>) -> Vec<T> {
     let Some(head) = head else { return rows };
     let mut out = Vec::with_capacity(rows.len());
     for rows in rows.chunks_exact(head * width) {

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::inputs::{Inputs, ModelInput};
 use crate::lab::sentences::{self, Bench};
-use crate::lab::{Lab, MODEL};
+use crate::lab::{Lab, MODEL, smallest_group};
 use crate::method::{Context, Plan};
 use crate::rewrite::{self, OutputType, shape_of};
 
@@ -192,16 +192,6 @@ const CHOSEN: &str = "finequant, alpha of the development slice";
 /// Bits per weight above those of the codes.
 fn scales(cx: &ClaimContext, arm: &str, bits: u8) -> f64 {
     cx.mean(arm, "bits per weight") - f64::from(bits)
-}
-
-/// 32, or the largest power of two below it that divides every row.
-fn smallest_group(model: &ModelInput) -> usize {
-    let inputs: Vec<usize> =
-        model.artifact.architecture().linears().map(|site| shape_of(site).1).collect();
-    [32, 16, 8, 4, 2]
-        .into_iter()
-        .find(|group| inputs.iter().all(|n| n.is_multiple_of(2 * group)))
-        .unwrap_or(1)
 }
 
 fn dense(

@@ -39,6 +39,11 @@ pub fn naming(config: &Config) -> Result<Naming, String> {
 }
 
 impl Naming {
+    /// `general.architecture`.
+    pub fn architecture(&self) -> &'static str {
+        self.family.gguf
+    }
+
     /// GGUF's name of a tensor; `None` where it has none.
     pub fn tensor(&self, name: &str) -> Option<String> {
         let (stem, kind) = name.rsplit_once('.')?;

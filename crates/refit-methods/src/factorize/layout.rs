@@ -1,0 +1,370 @@
+//! Which linears become pairs, at which rank, and how pairs are declared and written.
+//!
+//! A linear `X` is written as `X.0.weight` `[r, in]` and `X.1.weight` `[out, r]`, its bias as `X.1.bias`: what
+//! `Sequential(Linear(in, r, bias=False), Linear(r, out))` of PyTorch would save. The configuration gets a key `low_rank` that names
+//! them ([`refit_store::formats::factored`]); opened again, each pair is one matrix.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use clap::Args;
+use refit_store::SideFile;
+use refit_store::architecture::{Layout, Site};
+use refit_store::formats::factored::LOW_RANK;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::emit::{Emitter, serialize};
+use crate::error::{Error, Result};
+use crate::inputs::ModelInput;
+use crate::method::{Action, Method, Plan, PlannedTensor};
+use crate::rewrite::{self, OutputType, shape_of};
+
+/// Linears with fewer outputs stay as they are, as in PELA's code.
+const FEWEST_OUTPUTS: usize = 10;
+
+/// How thin the pairs are.
+#[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct Thinness {
+    /// A replaced linear has one over this of its weights: the rank is `floor(in out / (ratio (in + out)))`.
+    #[arg(long, default_value_t = 2.0)]
+    pub ratio: f64,
+    /// Instead: the smallest rank that keeps this share of a matrix's squared singular values; matrices for which that saves
+    /// nothing stay whole.
+    #[arg(long, value_name = "SHARE")]
+    pub energy: Option<f64>,
+    /// Linears that stay whole: parts of their names.
+    #[arg(long, value_delimiter = ',', value_name = "PART,...")]
+    pub omit: Vec<String>,
+}
+
+crate::paper_defaults!(Thinness);
+
+/// A linear that becomes a pair.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pair<'a> {
+    /// The linear.
+    pub site: &'a Site,
+    /// Outputs.
+    pub out: usize,
+    /// Inputs.
+    pub inputs: usize,
+    /// Inner dimension.
+    pub rank: usize,
+}
+
+impl Pair<'_> {
+    /// Weights of the pair.
+    pub fn weights(&self) -> usize {
+        self.rank * (self.out + self.inputs)
+    }
+
+    /// Name of the linear.
+    pub fn module(&self) -> &str {
+        module(self.site)
+    }
+
+    fn names(&self) -> [String; 2] {
+        [format!("{}.0.weight", self.module()), format!("{}.1.weight", self.module())]
+    }
+
+    /// Rows and columns of the matrix as it is stored.
+    fn stored(&self) -> (usize, usize) {
+        (self.site.shape[0], self.site.shape[1])
+    }
+}
+
+/// The tensor's name without `.weight`.
+fn module(site: &Site) -> &str {
+    site.name.strip_suffix(".weight").unwrap_or(&site.name)
+}
+
+impl Thinness {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`Error::Range`].
+    pub fn check(&self, method: &'static str) -> Result<()> {
+        if !(self.ratio.is_finite() && self.ratio > 0.0) {
+            return Err(Error::range(
+                method,
+                "ratio",
+                self.ratio,
+                "a number above 0; 2 halves a linear",
+            ));
+        }
+        match self.energy {
+            Some(share) if !(share > 0.0 && share <= 1.0) => {
+                Err(Error::range(method, "energy", share, "a share above 0 and at most 1"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The linears that may become pairs.
+    ///
+    /// # Errors
+    /// A model without any; a part of a name that none has.
+    pub fn candidates<'a>(&self, model: &'a ModelInput) -> Result<Vec<&'a Site>> {
+        let all = rewrite::linears(model)?;
+        for part in &self.omit {
+            if !all.iter().any(|site| module(site).contains(part.as_str())) {
+                return Err(Error::NothingToDo {
+                    model: model.source.clone(),
+                    what: "linear layer whose name has the part that --omit names",
+                    advice: format!("`{part}` is in none; `refit inspect --tensors` lists them"),
+                });
+            }
+        }
+        let whole = |site: &&Site| {
+            shape_of(site).0 < FEWEST_OUTPUTS
+                || self.omit.iter().any(|part| module(site).contains(part.as_str()))
+        };
+        Ok(all.into_iter().filter(|site| !whole(site)).collect())
+    }
+
+    /// The pairs, by name. `spectrum` gives a matrix's singular values, in descending order, where ranks follow from them.
+    ///
+    /// # Errors
+    /// As [`candidates`](Self::candidates), a ratio that leaves a matrix no rank, and whatever `spectrum` meets.
+    pub fn pairs<'a>(
+        &self,
+        method: &'static str,
+        model: &'a ModelInput,
+        mut spectrum: impl FnMut(&[&'a Site]) -> Result<Vec<Vec<f32>>>,
+    ) -> Result<Vec<Pair<'a>>> {
+        let sites = self.candidates(model)?;
+        let spectra = match self.energy {
+            Some(_) => spectrum(&sites)?,
+            None => vec![Vec::new(); sites.len()],
+        };
+        let mut pairs = Vec::new();
+        for (site, values) in sites.iter().zip(&spectra) {
+            let (out, inputs) = shape_of(site);
+            let (full, most) = (out.min(inputs), (out * inputs) as f64 / (out + inputs) as f64);
+            let rank = match self.energy {
+                Some(share) => kept(values, share),
+                None => (most / self.ratio).floor() as usize,
+            };
+            if rank == 0 {
+                return Err(Error::range(
+                    method,
+                    "ratio",
+                    self.ratio,
+                    format!(
+                        "`{}` is [{out}, {inputs}] and keeps no rank; at most {most:.1} here",
+                        site.name
+                    ),
+                ));
+            }
+            // A pair of full rank is larger than what it replaces, and a share that needs it is not low rank.
+            let saves = rank * (out + inputs) < out * inputs;
+            if rank < full && (saves || self.energy.is_none()) {
+                pairs.push(Pair { site, out, inputs, rank });
+            }
+        }
+        Ok(pairs)
+    }
+}
+
+/// The smallest rank that keeps `share` of the squares.
+fn kept(values: &[f32], share: f64) -> usize {
+    let squares = || values.iter().map(|s| f64::from(*s).powi(2));
+    let (total, mut sum) = (squares().sum::<f64>(), 0.0);
+    let least = squares().position(|square| {
+        sum += square;
+        sum >= share * total
+    });
+    least.map_or(values.len(), |at| at + 1).max(1)
+}
+
+/// The plan of a method that writes these pairs.
+///
+/// # Errors
+/// A model of which nothing would become a pair.
+pub fn plan<M: Method>(
+    method: &M,
+    model: &ModelInput,
+    pairs: &[Pair],
+    dtype: OutputType,
+) -> Result<Plan> {
+    let Some(largest) = pairs.iter().map(|pair| pair.out * pair.inputs).max() else {
+        return Err(Error::NothingToDo {
+            model: model.source.clone(),
+            what: "linear layer that thin factors would make smaller",
+            advice: "a larger --ratio or a smaller --energy makes pairs thinner".into(),
+        });
+    };
+    let mut plan = Plan::of(method);
+    let by_name: BTreeMap<&str, &Pair> =
+        pairs.iter().map(|pair| (pair.site.name.as_str(), pair)).collect();
+    let biases: BTreeMap<String, &Pair> =
+        pairs.iter().map(|pair| (format!("{}.bias", pair.module()), pair)).collect();
+    for info in model.artifact.tensors() {
+        let stored = dtype.of(info.dtype);
+        let mut add = |name: String, shape: Vec<usize>, action| {
+            let bytes = stored.bytes_of(&shape).unwrap_or(0);
+            plan.output_bytes += bytes;
+            plan.tensors.push(PlannedTensor {
+                name,
+                shape,
+                dtype: stored.to_string(),
+                bytes,
+                action,
+            });
+        };
+        if let Some(pair) = by_name.get(info.name.as_str()) {
+            let ([first, second], (rows, columns)) = (pair.names(), pair.stored());
+            add(first, vec![pair.rank, columns], Action::Transform);
+            add(second, vec![rows, pair.rank], Action::Transform);
+        } else if let Some(pair) = biases.get(&info.name) {
+            add(format!("{}.1.bias", pair.module()), info.shape.clone(), Action::Copy);
+        } else {
+            add(info.name.clone(), info.shape.clone(), Action::Copy);
+        }
+    }
+    plan.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    let ranks: BTreeMap<&str, usize> =
+        pairs.iter().map(|pair| (pair.site.name.as_str(), pair.rank)).collect();
+    plan.decided = json!(ranks);
+    let (before, after) = sizes(pairs);
+    plan.steps.push(format!(
+        "write {} linears as pairs of thin ones: {after} weights instead of {before}, ranks {} to {}",
+        pairs.len(),
+        pairs.iter().map(|pair| pair.rank).min().unwrap_or(0),
+        pairs.iter().map(|pair| pair.rank).max().unwrap_or(0),
+    ));
+    if after >= before {
+        plan.warnings.push(format!(
+            "the pairs have {after} weights and the matrices that they replace {before}: nothing becomes smaller; a --ratio above \
+             1 makes them thinner"
+        ));
+    }
+    let threads = rayon::current_num_threads() as u64;
+    plan.peak_memory = threads * 10 * 4 * largest as u64 + (64 << 20);
+    Ok(plan)
+}
+
+/// The pairs that a plan decided on.
+pub fn planned<'a>(model: &'a ModelInput, plan: &Plan) -> Vec<Pair<'a>> {
+    let pair = |site: &'a Site| {
+        let rank = plan.decided[&site.name].as_u64()? as usize;
+        let (out, inputs) = shape_of(site);
+        Some(Pair { site, out, inputs, rank })
+    };
+    model.artifact.architecture().linears().filter_map(pair).collect()
+}
+
+/// Weights before and after.
+pub fn sizes(pairs: &[Pair]) -> (usize, usize) {
+    (pairs.iter().map(|pair| pair.out * pair.inputs).sum(), pairs.iter().map(Pair::weights).sum())
+}
+
+/// The model's side files, with a configuration that names the pairs.
+///
+/// # Errors
+/// A configuration that cannot be read.
+pub fn side_files(
+    model: &ModelInput,
+    method: &str,
+    thinness: &Thinness,
+    pairs: &[Pair],
+) -> Result<Vec<SideFile>> {
+    let mut files = model.artifact.side_files().to_vec();
+    let mut config: Value = match files.iter().position(|file| file.name == "config.json") {
+        Some(at) => {
+            let bytes = files.remove(at).read()?;
+            serde_json::from_slice(&bytes)
+                .map_err(|source| Error::Parameters { method: "config.json", source })?
+        }
+        None => json!({}),
+    };
+    let sites: BTreeMap<&str, usize> =
+        pairs.iter().map(|pair| (pair.module(), pair.rank)).collect();
+    config[LOW_RANK] = json!({
+        "method": method,
+        "ratio": thinness.energy.is_none().then_some(thinness.ratio),
+        "energy": thinness.energy,
+        "omit": thinness.omit,
+        "sites": sites,
+    });
+    files.push(SideFile::from_bytes("config.json", serialize("configuration", &config)?));
+    Ok(files)
+}
+
+/// Writes one pair: `up [out, rank]` and `down [rank, in]`, turned where the matrix is stored `[in, out]`.
+///
+/// # Errors
+/// Values that the declared type cannot hold, and whatever the disk refuses.
+pub fn write(emitter: &Emitter, pair: &Pair, up: &[f32], down: &[f32]) -> Result<()> {
+    let [first, second] = pair.names();
+    let turned = pair.site.layout == Layout::InOut;
+    let (left, right) = match turned {
+        true => (
+            rewrite::transpose(down, pair.rank, pair.inputs),
+            rewrite::transpose(up, pair.out, pair.rank),
+        ),
+        false => (up.to_vec(), down.to_vec()),
+    };
+    for (name, values) in [(first, right), (second, left)] {
+        emitter.write_f32(&name, 0, &values)?;
+        emitter.done(&name)?;
+    }
+    Ok(())
+}
+
+/// Copies what is no pair; biases of pairs under their new names.
+///
+/// # Errors
+/// As [`rewrite::copy`].
+pub fn copy_rest(model: &ModelInput, pairs: &[Pair], emitter: &Emitter, plan: &Plan) -> Result<()> {
+    let moved: BTreeMap<String, String> = pairs
+        .iter()
+        .map(|pair| (format!("{}.1.bias", pair.module()), format!("{}.bias", pair.module())))
+        .collect();
+    let copied = plan.tensors.iter().filter(|tensor| tensor.action == Action::Copy);
+    for tensor in copied.filter(|tensor| !emitter.is_done(&tensor.name)) {
+        let from = moved.get(&tensor.name).unwrap_or(&tensor.name);
+        rewrite::copy_as(&model.artifact, from, &model.source, emitter, tensor)?;
+    }
+    Ok(())
+}
+
+/// Refuses a model that is stored in factors already.
+///
+/// # Errors
+/// [`Error::Conflict`].
+pub fn refuse_factored(method: &'static str, model: &ModelInput) -> Result<()> {
+    let pairs: BTreeSet<&str> = model
+        .artifact
+        .architecture()
+        .linears()
+        .map(|site| site.name.as_str())
+        .filter(|name| model.artifact.stored_in_factors(name))
+        .collect();
+    match pairs.len() {
+        0 => Ok(()),
+        n => Err(Error::Conflict {
+            method,
+            problem: format!(
+                "{}: {n} linears are stored in factors already; multiply them out first: refit export {} --to safetensors -o DENSE",
+                model.source, model.source
+            ),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_keep_a_share_are_the_smallest() {
+        let values = [3.0, 2.0, 1.0, 0.0];
+        assert_eq!(kept(&values, 9.0 / 14.0), 1);
+        assert_eq!(kept(&values, 0.65), 2);
+        assert_eq!(kept(&values, 1.0), 3);
+        assert_eq!(kept(&[0.0, 0.0], 0.9), 1);
+    }
+}
