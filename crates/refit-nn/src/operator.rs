@@ -180,6 +180,18 @@ impl Linear {
         Self { site: site.into(), op, bias: bias.map(Param::from_tensor) }
     }
 
+    /// Replaces the operator by a pair: `down` is row-major `[rank, in]`, `up` `[out, rank]`.
+    pub fn set_factors(&mut self, down: Vec<f32>, up: Vec<f32>, rank: usize) {
+        let ([out, inner], device) = (self.shape(), self.weight().device());
+        assert_eq!(down.len(), rank * inner, "invariant: a weight keeps its shape");
+        assert_eq!(up.len(), out * rank, "invariant: a weight keeps its shape");
+        let param = |values, shape: [usize; 2]| {
+            Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), &device))
+        };
+        let pair = LowRank { down: param(down, [rank, inner]), up: param(up, [out, rank]) };
+        self.op = Operator::LowRank(pair);
+    }
+
     /// Replaces the operator by a dense one; `values` are row-major `[out, in]`.
     pub fn set_weight(&mut self, values: Vec<f32>, device: &Device) {
         let [out, inner] = self.shape();

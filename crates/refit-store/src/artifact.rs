@@ -238,6 +238,14 @@ impl Artifact {
         self.factored
     }
 
+    /// The rank of the factors that a matrix is stored in, or that stand beside it.
+    pub fn rank(&self, name: &str) -> Option<usize> {
+        match self.entry(name).map(|entry| &entry.view) {
+            Ok(View::Factored(parts)) => Some(parts.rank()),
+            _ => None,
+        }
+    }
+
     /// Whether a matrix is stored in factors, or beside a product of them.
     pub fn stored_in_factors(&self, name: &str) -> bool {
         matches!(self.entry(name).map(|entry| &entry.view), Ok(View::Factored(_)))

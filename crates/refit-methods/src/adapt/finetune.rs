@@ -3,6 +3,8 @@
 //! What trains is written in the model's own layout; everything else is copied byte for byte.
 
 use clap::Args;
+use refit_data::Rng;
+use refit_nn::Decoder;
 use refit_store::DType;
 use refit_train::train::{Rule, Scope};
 use schemars::JsonSchema;
@@ -11,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::frame::{Session, rounds};
 use super::training::{self, Training};
 use crate::error::{Error, Result};
+use crate::factorize::layout;
 use crate::method::{
     Action, Context, Effort, Family, Info, InputSpec, Inputs, Method, Output, OutputKind, Paper,
     Plan, Taxonomy, Touches,
@@ -137,6 +140,7 @@ pub(super) fn model_plan<M: Method>(
             false => Action::Copy,
         };
     }
+    layout::keep_pairs(&mut plan, model)?;
     let trained = parameters
         .iter()
         .filter(|p| trains.contains(p.name.as_str()))
@@ -170,7 +174,11 @@ pub(super) fn run_model(
 ) -> Result<Output> {
     let examples = training::examples(method, inputs, training, 0)?;
     let session = Session { inputs, plan, cx, training, rate, dropout: 0.0 };
-    let trained = session.train(&examples, |_, _| Ok(scope), |_| {})?;
+    let prepare = |decoder: &mut Decoder, _: &mut Rng| {
+        layout::install_stored(decoder, &inputs.models[0])?;
+        Ok(scope)
+    };
+    let trained = session.train(&examples, prepare, |_| {})?;
     trained.write_model(&session)
 }
 

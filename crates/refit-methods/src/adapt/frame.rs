@@ -29,6 +29,7 @@ use serde_json::{Value, json};
 use super::training::Training;
 use crate::emit::{self, Emitter};
 use crate::error::{Error, Result};
+use crate::factorize::layout;
 use crate::inputs::Inputs;
 use crate::method::{Action, Context, Output, Plan, TrainingEvent, Unit};
 use crate::rewrite::copy;
@@ -65,6 +66,16 @@ pub struct Trained<M = Decoder> {
     warnings: Vec<String>,
 }
 
+/// A batch of examples, padded to one length.
+pub struct Rows {
+    /// Token ids, row by row.
+    pub ids: Vec<u32>,
+    /// Which of them are learned; nothing of the padding.
+    pub learned: Vec<bool>,
+    /// Number of rows.
+    pub count: usize,
+}
+
 /// What a training begins with, beside its model.
 pub struct Start {
     /// Examples in all.
@@ -84,7 +95,8 @@ const HELD_OUT_TOKENS: usize = 8192;
 pub const SUMMARY: &str = "refit.training.json";
 
 impl Session<'_> {
-    /// Trains. `prepare` attaches what is to be trained and says which parameters are; `adjust` may change the recipe.
+    /// Trains on the next token. `prepare` attaches what is to be trained and says which parameters are; `adjust` may change
+    /// the recipe.
     ///
     /// # Errors
     /// Whatever loading, the data, training or the disk meet; the newest checkpoint stays.
@@ -93,6 +105,24 @@ impl Session<'_> {
         examples: &[Example],
         prepare: impl FnOnce(&mut Decoder, &mut Rng) -> Result<Scope>,
         adjust: impl FnOnce(&mut Recipe),
+    ) -> Result<Trained> {
+        self.train_on(examples, prepare, adjust, &|model, rows, run| {
+            let Rows { ids, learned, count } = rows;
+            let (loss, tokens) = next_token(model, ids, *count, Some(learned), run)?;
+            Ok(Terms::one("cross-entropy", loss, tokens))
+        })
+    }
+
+    /// As [`train`](Self::train), on a loss of one's own.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train).
+    pub fn train_on(
+        &self,
+        examples: &[Example],
+        prepare: impl FnOnce(&mut Decoder, &mut Rng) -> Result<Scope>,
+        adjust: impl FnOnce(&mut Recipe),
+        loss: &dyn Fn(&Decoder, &Rows, &mut Run) -> Result<Terms, BoxError>,
     ) -> Result<Trained> {
         let Self { inputs, cx, training, .. } = self;
         let source = &inputs.models[0];
@@ -107,7 +137,7 @@ impl Session<'_> {
         let order = Order::new(cx.seed, examples.len());
         let objective = |model: &Decoder, at: At| -> Result<Terms, BoxError> {
             let share = at.share.of(training.batch);
-            let rows = share.len();
+            let count = share.len();
             // Every rank drops elements of its own rows: its stream is that of its first row.
             let stream = at.batch.wrapping_mul(0x9e37_79b9) ^ ((share.start as u64) << 40);
             let dropout = Dropout::new(self.dropout, cx.seed ^ stream);
@@ -116,8 +146,7 @@ impl Session<'_> {
             let checkpoint = training.checkpoint_activations;
             let precision = training.precision.precision();
             let mut run = Run { dropout, checkpoint, precision, ..Run::plain() };
-            let (loss, tokens) = next_token(model, &ids, rows, Some(&learned), &mut run)?;
-            Ok(Terms::one("cross-entropy", loss, tokens))
+            loss(model, &Rows { ids, learned, count }, &mut run)
         };
         let start = Start {
             examples: examples.len(),
@@ -295,7 +324,10 @@ impl Session<'_> {
     }
 
     /// Perplexity on the held-out text, where there is one, and how many tokens were scored.
-    fn perplexity(&self, model: &Decoder) -> Result<Option<(f64, usize)>> {
+    ///
+    /// # Errors
+    /// A text that cannot be tokenized or measured.
+    pub fn perplexity(&self, model: &Decoder) -> Result<Option<(f64, usize)>> {
         if self.inputs.text.is_empty() {
             return Ok(None);
         }
@@ -450,8 +482,15 @@ impl Trained {
             return Ok(Output::default());
         }
         let model = &inputs.models[0];
-        let emitter = Emitter::begin(inputs, plan, cx)?;
+        let pairs = layout::declared(model, plan);
+        let emitter = match pairs.is_empty() {
+            true => Emitter::begin(inputs, plan, cx)?,
+            false => {
+                Emitter::begin_with(inputs, plan, cx, layout::side_files_of(model, plan, &pairs)?)?
+            }
+        };
         let values = named_values(&self.model);
+        let names = layout::parameters(&pairs);
         let architecture = model.artifact.architecture();
         cx.progress.begin("writing", plan.tensors.len() as u64, Unit::Tensors);
         for tensor in &plan.tensors {
@@ -462,7 +501,8 @@ impl Trained {
             } else if !emitter.is_done(&tensor.name) {
                 let site = architecture.site(&tensor.name);
                 let tied = site.and_then(|site| site.tied_to.as_deref());
-                let found = values.get(&tensor.name).or_else(|| values.get(tied?));
+                let name = names.get(&tensor.name).unwrap_or(&tensor.name);
+                let found = values.get(name).or_else(|| values.get(tied?));
                 let values = found.ok_or_else(|| {
                     let problem = "the running model does not hold it, so it did not train";
                     Error::tensor(&model.source, &tensor.name, problem)

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
+use refit_nn::Decoder;
 use refit_store::SideFile;
 use refit_store::architecture::{Layout, Site};
 use refit_store::formats::factored::LOW_RANK;
@@ -261,6 +262,111 @@ pub fn sizes(pairs: &[Pair]) -> (usize, usize) {
     (pairs.iter().map(|pair| pair.out * pair.inputs).sum(), pairs.iter().map(Pair::weights).sum())
 }
 
+/// Pairs that a model is stored in: those of its configuration.
+pub fn stored<'a>(model: &'a ModelInput) -> Vec<Pair<'a>> {
+    let artifact = &model.artifact;
+    let pair = |site: &'a Site| {
+        let rank = artifact.rank(&site.name).filter(|_| !artifact.is_compensated(&site.name))?;
+        let (out, inputs) = site.out_in()?;
+        Some(Pair { site, out, inputs, rank })
+    };
+    artifact.architecture().linears().filter_map(pair).collect()
+}
+
+/// Pairs that a plan writes, whether it decided on them or found the model in them.
+pub fn declared<'a>(model: &'a ModelInput, plan: &Plan) -> Vec<Pair<'a>> {
+    let names: BTreeSet<&str> = plan.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut pairs = planned(model, plan);
+    if pairs.is_empty() {
+        pairs = stored(model);
+    }
+    pairs.retain(|pair| pair.names().iter().all(|name| names.contains(name.as_str())));
+    pairs
+}
+
+/// Declares a model's matrices as the pairs that they are stored in, where they are.
+///
+/// # Errors
+/// A model whose quantized matrices have products beside them: training would have to leave the codes.
+pub fn keep_pairs(plan: &mut Plan, model: &ModelInput) -> Result<()> {
+    let pairs = stored(model);
+    for pair in &pairs {
+        let at = plan.tensors.iter().position(|tensor| tensor.name == pair.site.name);
+        let Some(at) = at else { continue };
+        let whole = plan.tensors.remove(at);
+        let ([first, second], (rows, columns)) = (pair.names(), pair.stored());
+        for (name, shape) in [(first, vec![pair.rank, columns]), (second, vec![rows, pair.rank])] {
+            let dtype = whole.dtype.clone();
+            let bytes = DType::parse(&dtype).and_then(|d| d.bytes_of(&shape)).unwrap_or(0);
+            plan.tensors.push(PlannedTensor { name, shape, dtype, bytes, action: whole.action });
+        }
+        let bias = format!("{}.bias", pair.module());
+        if let Some(bias) = plan.tensors.iter_mut().find(|tensor| tensor.name == bias) {
+            bias.name = format!("{}.1.bias", pair.module());
+        }
+    }
+    plan.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    plan.output_bytes = plan.tensors.iter().map(|tensor| tensor.bytes).sum();
+    Ok(())
+}
+
+/// The running model's parameter behind every tensor of a pair.
+pub fn parameters(pairs: &[Pair]) -> BTreeMap<String, String> {
+    let mut names = BTreeMap::new();
+    for pair in pairs {
+        let module = pair.module();
+        // Turned matrices have their factors the other way round.
+        let (right, left) = match pair.site.layout {
+            Layout::InOut => ("up", "down"),
+            _ => ("down", "up"),
+        };
+        let [first, second] = pair.names();
+        names.insert(first, format!("{module}.{right}"));
+        names.insert(second, format!("{module}.{left}"));
+        names.insert(format!("{module}.1.bias"), format!("{module}.bias"));
+    }
+    names
+}
+
+/// Puts `up [out, rank]` and `down [rank, in]` in the place of a linear's matrix.
+///
+/// # Errors
+/// A linear that the running model does not hold.
+pub fn install(
+    decoder: &mut Decoder,
+    model: &str,
+    pair: &Pair,
+    up: Vec<f32>,
+    down: Vec<f32>,
+) -> Result<()> {
+    let linear = decoder.linear_mut(pair.module()).ok_or_else(|| {
+        Error::tensor(model, &pair.site.name, "the running model does not hold it")
+    })?;
+    linear.set_factors(down, up, pair.rank);
+    Ok(())
+}
+
+/// Puts the factors that a model is stored in in the place of their products.
+///
+/// # Errors
+/// As [`install`]; files that cannot be read.
+pub fn install_stored(decoder: &mut Decoder, model: &ModelInput) -> Result<()> {
+    for pair in stored(model) {
+        let Some(Factors { left, right, rank }) = model.artifact.factors(&pair.site.name)? else {
+            continue;
+        };
+        let (up, down) = match pair.site.layout {
+            Layout::InOut => (
+                rewrite::transpose(&right, rank, pair.out),
+                rewrite::transpose(&left, pair.inputs, rank),
+            ),
+            _ => (left, right),
+        };
+        install(decoder, &model.source, &pair, up, down)?;
+    }
+    Ok(())
+}
+
 /// The model's side files, with a configuration that names the pairs.
 ///
 /// # Errors
@@ -271,6 +377,37 @@ pub fn side_files(
     thinness: &Thinness,
     pairs: &[Pair],
 ) -> Result<Vec<SideFile>> {
+    configured(
+        model,
+        json!({
+            "method": method,
+            "ratio": thinness.energy.is_none().then_some(thinness.ratio),
+            "energy": thinness.energy,
+            "omit": thinness.omit,
+            "sites": ranks(pairs),
+        }),
+    )
+}
+
+/// [`side_files`] of a plan of any method: what the model's configuration said of its pairs, or the plan's own parameters.
+///
+/// # Errors
+/// As [`side_files`].
+pub fn side_files_of(model: &ModelInput, plan: &Plan, pairs: &[Pair]) -> Result<Vec<SideFile>> {
+    let mut said = model.artifact.config().raw().get(LOW_RANK).cloned().unwrap_or_else(|| {
+        let of = |key: &str| plan.parameters.get(key).cloned().unwrap_or(Value::Null);
+        json!({ "method": plan.method, "ratio": of("ratio"), "energy": of("energy"), "omit": of("omit") })
+    });
+    said["sites"] = json!(ranks(pairs));
+    configured(model, said)
+}
+
+fn ranks<'p>(pairs: &'p [Pair<'_>]) -> BTreeMap<&'p str, usize> {
+    pairs.iter().map(|pair| (pair.module(), pair.rank)).collect()
+}
+
+/// The side files with `said` under [`LOW_RANK`].
+fn configured(model: &ModelInput, said: Value) -> Result<Vec<SideFile>> {
     let mut files = model.artifact.side_files().to_vec();
     let mut config: Value = match files.iter().position(|file| file.name == "config.json") {
         Some(at) => {
@@ -280,15 +417,7 @@ pub fn side_files(
         }
         None => json!({}),
     };
-    let sites: BTreeMap<&str, usize> =
-        pairs.iter().map(|pair| (pair.module(), pair.rank)).collect();
-    config[LOW_RANK] = json!({
-        "method": method,
-        "ratio": thinness.energy.is_none().then_some(thinness.ratio),
-        "energy": thinness.energy,
-        "omit": thinness.omit,
-        "sites": sites,
-    });
+    config[LOW_RANK] = said;
     files.push(SideFile::from_bytes("config.json", serialize("configuration", &config)?));
     Ok(files)
 }

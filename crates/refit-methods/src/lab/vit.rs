@@ -131,8 +131,15 @@ pub fn spread(model: &Vision, deviation: f64, seed: u64) -> Vision {
 /// # Errors
 /// A model that cannot be opened.
 pub fn accuracy(path: &Path, rounder: &Rounder, images: &Images) -> Result<f64, BoxError> {
+    accuracy_of(&Vision::load(&Artifact::open(path)?, &BurnDevice::flex())?, rounder, images)
+}
+
+/// [`accuracy`] of a model in memory.
+///
+/// # Errors
+/// Images of another size.
+pub fn accuracy_of(model: &Vision, rounder: &Rounder, images: &Images) -> Result<f64, BoxError> {
     let device = BurnDevice::flex();
-    let model = Vision::load(&Artifact::open(path)?, &device)?;
     let mut logits = Vec::with_capacity(images.len() * CLASSES);
     for from in (0..images.len()).step_by(BATCH) {
         let batch = images.select(from..(from + BATCH).min(images.len()));

@@ -142,6 +142,7 @@ impl Method for WeightCompander {
             let expected = "a number above 1: the largest weight must lie within the bound";
             return Err(Error::range(name, "bound", self.bound, expected));
         }
+        crate::factorize::layout::refuse_factored(Self::INFO.name, &inputs.models[0])?;
         model_plan(self, inputs, &self.training, self.dtype, &Scope::default())
     }
 

@@ -194,6 +194,7 @@ impl Method for GaLore {
         self.training.check(Self::INFO.name, self.learning_rate)?;
         self.check()?;
         self.targets(&inputs.models[0])?;
+        crate::factorize::layout::refuse_factored(Self::INFO.name, &inputs.models[0])?;
         model_plan(self, inputs, &self.training, self.dtype, &Scope::default())
     }
 

@@ -87,6 +87,7 @@ impl Method for Hft {
         // The share of what trains does not depend on the seed by much; the exact plan is drawn when it runs.
         let freeze = self.freezing.draw(&slots(model.artifact.architecture()), round, 0);
         let scope = freeze.scope(model);
+        crate::factorize::layout::refuse_factored(Self::INFO.name, &inputs.models[0])?;
         let mut plan = model_plan(self, inputs, &self.training, self.dtype, &scope)?;
         plan.steps
             .insert(0, format!("round {round}: draw which tensors are frozen, from the seed"));

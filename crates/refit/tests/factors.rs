@@ -1,0 +1,194 @@
+//! Models in thin factors, and quantized ones with a product beside their codes, from the command line.
+
+mod common;
+
+use common::Place;
+use refit_store::{Artifact, DType};
+
+/// Perplexity on a little text; `more` are further flags.
+fn perplexity(place: &Place, model: &str, more: &[&str]) -> f64 {
+    let args = ["eval", model, "--text", "builtin:kjv", "--window", "64", "--max-tokens", "512"];
+    let found = place.run(&[&args[..], more, &["--json"]].concat()).json();
+    found["perplexity"].as_f64().unwrap()
+}
+
+fn near(a: f64, b: f64, tolerance: f64) {
+    assert!((a / b - 1.0).abs() < tolerance, "{a} against {b}");
+}
+
+#[test]
+fn pairs_are_smaller_and_run_as_their_product() {
+    let place = Place::new();
+    let said = place
+        .run(&["apply", "svd", "builtin:tiny", "--ratio", "1.5", "-o", "pairs", "--json"])
+        .json();
+    let report = &said["report"];
+    let (before, after) = (
+        report["parameters_before"].as_f64().unwrap(),
+        report["parameters_after"].as_f64().unwrap(),
+    );
+    assert!(after <= before / 1.5 && after > 0.6 * before, "{report}");
+    let artifact = Artifact::open(place.path("pairs")).unwrap();
+    let original = Artifact::open("../../assets/tiny").unwrap();
+    artifact.check_fit().unwrap();
+    for site in original.architecture().linears() {
+        let (out, inputs) = site.out_in().unwrap();
+        let factors = artifact.factors(&site.name).unwrap().expect("stored in factors");
+        assert_eq!(factors.rank, out * inputs * 2 / (3 * (out + inputs)));
+        assert_eq!(artifact.tensor(&site.name).unwrap().shape, [out, inputs]);
+        // Both factors are as long as each other.
+        let square = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+        near(square(&factors.left), square(&factors.right), 2e-2);
+    }
+    // Multiplied out or as it is stored, and written out: one model.
+    let dense = perplexity(&place, "pairs", &[]);
+    near(perplexity(&place, "pairs", &["--weights", "packed"]), dense, 1e-4);
+    place.run(&["export", "pairs", "--to", "safetensors", "-o", "dense"]).code(0);
+    near(perplexity(&place, "dense", &[]), dense, 1e-4);
+    let config = std::fs::read_to_string(place.path("dense/config.json")).unwrap();
+    assert!(!config.contains("low_rank"), "{config}");
+    assert!(std::fs::read_to_string(place.path("pairs/config.json")).unwrap().contains("low_rank"));
+    place.run(&["apply", "svd", "pairs", "-o", "again"]).code(2).says(&["factors already"]);
+}
+
+#[test]
+fn nearly_all_energy_is_nearly_the_model() {
+    let place = Place::new();
+    place.run(&["apply", "svd", "builtin:tiny", "--energy", "0.999", "-o", "most"]).code(0);
+    near(perplexity(&place, "most", &[]), perplexity(&place, "builtin:tiny", &[]), 0.02);
+    for (flags, word) in [
+        (&["--energy", "1.5"][..], "share"),
+        (&["--ratio", "0"], "ratio"),
+        (&["--ratio", "1000"], "keeps no rank"),
+        (&["--omit", "nothing_of_the_kind"], "--omit"),
+    ] {
+        let args = [&["apply", "svd", "builtin:tiny", "-o", "no"][..], flags].concat();
+        place.run(&args).code(2).says(&[word]);
+        assert!(!place.path("no").exists());
+    }
+    let omitted = ["apply", "svd", "builtin:tiny", "--omit", "mlp", "-o", "half"];
+    place.run(&omitted).code(0);
+    let half = Artifact::open(place.path("half")).unwrap();
+    for site in half.architecture().linears() {
+        assert_eq!(half.stored_in_factors(&site.name), !site.name.contains("mlp"), "{}", site.name);
+    }
+}
+
+#[test]
+fn what_a_quantizer_lost_comes_back_in_part() {
+    let place = Place::new();
+    place.run(&["apply", "rtn", "builtin:tiny", "--bits", "3", "-o", "q"]).code(0);
+    let (plain, whole) = (perplexity(&place, "q", &[]), perplexity(&place, "builtin:tiny", &[]));
+    let text = ["--text", "builtin:calibration", "--samples", "8", "--sequence-length", "128"];
+    for (name, flags) in [
+        ("lorc", &[][..]),
+        ("bytes", &["--factor-bits", "8"]),
+        ("eora", &["--aware", "full"]),
+        ("lqer", &["--aware", "diagonal"]),
+    ] {
+        let mut args = vec!["apply", "lorc", "q", "--base", "builtin:tiny", "-o", name];
+        args.extend(flags);
+        if flags.contains(&"--aware") {
+            args.extend(text);
+        }
+        let report = place.run(&[&args[..], &["--json"]].concat()).json()["report"].clone();
+        let [before, after] = ["mean_relative_error_before", "mean_relative_error"]
+            .map(|key| report[key].as_f64().unwrap());
+        assert!(after < before, "{name}: {report}");
+        let found = perplexity(&place, name, &[]);
+        assert!(whole < found && found < plain, "{name}: {whole} {found} {plain}");
+        // Codes and factors as they are stored differ by the rounding of inputs only.
+        near(perplexity(&place, name, &["--weights", "packed"]), found, 0.02);
+        let said =
+            place.run(&["generate", name, "--prompt", "In", "--max-new-tokens", "3", "--json"]);
+        assert!(said.json()["packed_matrices"].as_u64().unwrap() >= 35);
+        // The same product as an adapter beside the codes.
+        let adapter = format!("{name}/lorc");
+        near(perplexity(&place, "q", &["--adapter", &adapter]), found, 1e-4);
+    }
+    let bits = |model: &str| {
+        let file = std::fs::read(place.path(model).join("refit.quantization.json")).unwrap();
+        let read: serde_json::Value = serde_json::from_slice(&file).unwrap();
+        read["summary"]["bits_per_weight"].as_f64().unwrap()
+    };
+    assert!(bits("q") < bits("bytes") && bits("bytes") < bits("lorc"));
+    // Quantized on the way: the same as quantized before.
+    place.run(&["apply", "lorc", "builtin:tiny", "--bits", "3", "-o", "direct"]).code(0);
+    let files = ["direct", "lorc"]
+        .map(|dir| std::fs::read(place.path(dir).join("model.safetensors")).unwrap());
+    assert!(files[0] == files[1]);
+}
+
+#[test]
+fn exports_carry_the_product_as_an_adapter() {
+    let place = Place::new();
+    let apply = ["apply", "lorc", "builtin:tiny", "--bits", "4", "--group", "32", "-o", "lorc"];
+    place.run(&apply).code(0);
+    let found = perplexity(&place, "lorc", &[]);
+    for to in ["compressed-tensors", "gptq"] {
+        place.run(&["export", "lorc", "--to", to, "-o", to]).code(0);
+        let adapter = format!("{to}/lorc");
+        near(perplexity(&place, to, &["--adapter", &adapter]), found, 1e-4);
+    }
+    place.run(&["export", "lorc", "--to", "safetensors", "-o", "dense"]).code(0);
+    near(perplexity(&place, "dense", &[]), found, 1e-4);
+
+    // GGUF: codes in the model, factors under llama.cpp's names and in its order of rows.
+    place.run(&["export", "lorc", "--to", "gguf", "-o", "gguf"]).code(0);
+    let model = Artifact::open(place.path("gguf")).unwrap();
+    let source = Artifact::open(place.path("lorc")).unwrap();
+    let name = "model.layers.1.self_attn.q_proj.weight";
+    assert_eq!(source.read_uncompensated(name).unwrap().unwrap(), model.read_f32(name).unwrap());
+    let lora = std::fs::read(place.path("gguf/lorc/lora.gguf")).unwrap();
+    let header =
+        refit_store::formats::gguf::parse("lora.gguf".as_ref(), &lora, lora.len() as u64).unwrap();
+    let text = |key: &str| header.get(key).and_then(|value| value.as_str()).map(str::to_owned);
+    assert_eq!(text("general.type").as_deref(), Some("adapter"));
+    assert_eq!(text("adapter.type").as_deref(), Some("lora"));
+    assert_eq!(header.get("adapter.lora.alpha").unwrap().as_f64(), Some(8.0));
+    assert_eq!(header.tensors.len(), 2 * 35);
+    let values = |name: &str| {
+        let tensor = header.tensors.iter().find(|tensor| tensor.info.name == name).unwrap();
+        assert_eq!(tensor.info.dtype, DType::F16, "{name}");
+        let bytes = &lora[tensor.offset as usize..][..tensor.info.nbytes as usize];
+        let mut out = vec![0.0; tensor.info.numel()];
+        refit_store::convert::decode(DType::F16, bytes, &mut out);
+        (tensor.info.shape.clone(), out)
+    };
+    let factors = source.factors(name).unwrap().unwrap();
+    let (shape, a) = values("blk.1.attn_q.weight.lora_a");
+    assert_eq!((shape[0], &a), (8, &factors.right));
+    let (shape, b) = values("blk.1.attn_q.weight.lora_b");
+    let heads = source.config().usize("num_attention_heads").unwrap();
+    let head = shape[0] / heads;
+    for (row, stored) in b.chunks(8).enumerate() {
+        // Row 2 j + p of a head is Hugging Face's row p d/2 + j.
+        let (at, within) = (row / head * head, row % head);
+        let theirs = at + within % 2 * (head / 2) + within / 2;
+        assert_eq!(stored, &factors.left[8 * theirs..8 * theirs + 8], "row {row}");
+    }
+}
+
+#[test]
+fn compensations_that_make_no_sense_are_refused() {
+    let place = Place::new();
+    let cases: [(&[&str], &str); 6] = [
+        (&["--rank", "0"], "rank"),
+        (&["--rank", "100"], "--allow-large"),
+        (&["--factor-bits", "4"], "8 or 16"),
+        (&["--aware", "full"], "--text"),
+        (&["--quantizer", "gptq"], "--text"),
+        (&["--group", "7"], "divisible"),
+    ];
+    for (flags, word) in cases {
+        let args = [&["apply", "lorc", "builtin:tiny", "-o", "no"][..], flags].concat();
+        place.run(&args).code(2).says(&[word]);
+        assert!(!place.path("no").exists());
+    }
+    // A model that lost nothing gets nothing, and says so.
+    place.run(&["export", "builtin:tiny", "--to", "safetensors", "-o", "copy"]).code(0);
+    let args = ["apply", "lorc", "copy", "--base", "builtin:tiny", "-o", "same"];
+    place.run(&args).code(0).says(&["nothing to compensate"]);
+    assert!(!Artifact::open(place.path("same")).unwrap().factored());
+    assert!(!place.path("same/lorc").exists());
+}
