@@ -130,6 +130,10 @@ if have peft; then
   "$refit" apply ln-tuning "$tiny" -o "$work/ln-tuning" "${learn[@]}"
   "$refit" apply unified-peft "$tiny" -o "$work/prefix" "${learn[@]}" --preset prefix --prefix-length 8 --prefix-net 32
   "$refit" apply unified-peft "$tiny" -o "$work/prompt" "${learn[@]}" --preset prompt --prefix-length 8
+  # The product beside a quantized model's codes is an adapter of PEFT's on that model.
+  "$refit" apply lorc "$work/rtn3" --base "$tiny" -o "$work/rtn3-lorc"
+  "$venv/bin/python" scripts/interop_adapters.py "$work/rtn3-lorc/lorc" "$work/rtn3" --refit "$refit" --text assets/text/kjv.eval.txt >"$work/lorc.json"
+  echo "interop: PEFT reads lorc as refit does"
   for adapter in lora rslora dora ia3 ln-tuning prefix prompt; do
     "$venv/bin/python" scripts/interop_adapters.py "$work/$adapter" "$tiny" --refit "$refit" --text assets/text/kjv.eval.txt >"$work/$adapter.json"
     echo "interop: PEFT reads $adapter as refit does"

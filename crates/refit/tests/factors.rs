@@ -192,3 +192,103 @@ fn compensations_that_make_no_sense_are_refused() {
     assert!(!Artifact::open(place.path("same")).unwrap().factored());
     assert!(!place.path("same/lorc").exists());
 }
+
+/// A directory's weight file.
+fn weights(place: &Place, model: &str) -> Vec<u8> {
+    std::fs::read(place.path(model).join("model.safetensors")).unwrap()
+}
+
+/// Names of the tensors in it, as they are stored.
+fn names(place: &Place, model: &str) -> Vec<String> {
+    let bytes = weights(place, model);
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let mut names: Vec<String> = header.as_object().unwrap().keys().cloned().collect();
+    names.sort();
+    names
+}
+
+const LESSON: [&str; 8] = [
+    "--data",
+    "builtin:kjv-calib",
+    "--batch",
+    "4",
+    "--max-length",
+    "64",
+    "--learning-rate",
+    "1e-3",
+];
+
+#[test]
+fn a_short_training_towards_the_teacher_repairs_the_pairs() {
+    let place = Place::new();
+    place.run(&["apply", "svd", "builtin:tiny", "--ratio", "2", "-o", "svd"]).code(0);
+    let before = perplexity(&place, "svd", &[]);
+    let apply = ["apply", "pela", "builtin:tiny", "--steps", "30", "--text", "builtin:kjv"];
+    let made = place.run(&[&apply[..], &LESSON, &["-o", "pela", "--json"]].concat()).json();
+    let report = &made["report"];
+    let [teacher, untrained, after] = ["before", "untrained", "after"]
+        .map(|when| report[format!("held_out_perplexity_{when}")].as_f64().unwrap());
+    assert!(teacher < after && after < 0.5 * untrained, "{report}");
+    assert!(perplexity(&place, "pela", &[]) < 0.5 * before);
+    // The same pairs as the decomposition's, with other values.
+    assert_eq!(names(&place, "svd"), names(&place, "pela"));
+    assert!(names(&place, "pela").contains(&"model.layers.0.mlp.up_proj.0.weight".to_owned()));
+    near(
+        perplexity(&place, "pela", &["--weights", "packed"]),
+        perplexity(&place, "pela", &[]),
+        1e-4,
+    );
+    // And the teacher is what it was: it is read, not trained.
+    let again = [&apply[..], &LESSON, &["-o", "again", "--json"]].concat();
+    assert_eq!(
+        &place.run(&again).json()["report"]["held_out_perplexity_before"],
+        &report["held_out_perplexity_before"]
+    );
+    assert!(
+        weights(&place, "again") == weights(&place, "pela"),
+        "the same seed gives the same bytes"
+    );
+
+    // Tuned afterwards, pairs stay pairs; methods that pick single matrices refuse them.
+    let tune = ["apply", "fine-tune", "pela", "--steps", "3", "-o", "tuned"];
+    place.run(&[&tune[..], &LESSON].concat()).code(0);
+    assert_eq!(names(&place, "tuned"), names(&place, "pela"));
+    assert!(weights(&place, "tuned") != weights(&place, "pela"));
+    let tuned = Artifact::open(place.path("tuned")).unwrap();
+    assert_eq!(tuned.rank("model.layers.0.mlp.up_proj.weight"), Some(78));
+    tuned.check_fit().unwrap();
+    let half = ["apply", "hft", "pela", "--steps", "1", "-o", "no"];
+    place
+        .run(&[&half[..], &LESSON].concat())
+        .code(2)
+        .says(&["factors already", "--to safetensors"]);
+}
+
+#[test]
+fn losses_that_are_all_off_are_refused() {
+    let place = Place::new();
+    let apply = ["apply", "pela", "builtin:tiny", "-o", "no"];
+    let off = ["--task", "0", "--distill", "0", "--perturbation", "0"];
+    place.run(&[&apply[..], &LESSON, &off].concat()).code(2).says(&["nothing to learn"]);
+    let negative = ["--epsilon=-1"];
+    place.run(&[&apply[..], &LESSON, &negative].concat()).code(2).says(&["epsilon"]);
+    assert!(!place.path("no").exists());
+}
+
+#[test]
+fn every_term_of_the_loss_is_told_apart() {
+    let place = Place::new();
+    let apply = ["apply", "pela", "builtin:tiny", "--steps", "2", "--ratio", "1.5"];
+    let first = |out: &str, flags: &[&str]| {
+        let args = [&apply[..], &LESSON, flags, &["-o", out, "--json"]].concat();
+        place.run(&args).json()["report"]["first_loss"].as_f64().unwrap()
+    };
+    let task = first("task", &["--distill", "0", "--perturbation", "0"]);
+    let features = first("features", &["--perturbation", "0"]);
+    let held = first("held", &["--distill", "0"]);
+    let logits = first("logits", &["--distill", "0", "--perturbation", "0", "--logits", "1"]);
+    let all = first("all", &["--logits", "1"]);
+    assert!(features > task && held > task && logits > task, "{task} {features} {held} {logits}");
+    near(all - task, (features - task) + (held - task) + (logits - task), 1e-3);
+}
