@@ -21,6 +21,25 @@ use crate::rewrite::transpose;
 /// Files above this size become shards, as Hugging Face writes them.
 pub(crate) const SHARD: u64 = 5_000_000_000;
 
+/// Bytes of the weight files that hold tensors of these names, shapes and types, headers included; of a GGUF file where there is
+/// metadata.
+///
+/// # Errors
+/// Tensors that the container cannot hold.
+pub(crate) fn file_bytes(
+    tensors: Vec<(String, Vec<usize>, DType)>,
+    gguf: Option<Fields>,
+) -> Result<u64> {
+    let spec = |(name, shape, dtype)| TensorSpec { name, shape, dtype };
+    let plan = WritePlan {
+        tensors: tensors.into_iter().map(spec).collect(),
+        gguf,
+        max_shard_bytes: Some(SHARD),
+        ..WritePlan::default()
+    };
+    Ok(plan.file_bytes()?)
+}
+
 /// An output under way.
 pub struct Emitter {
     writer: ArtifactWriter,
@@ -397,8 +416,22 @@ fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
     if let Some(base) = inputs.base {
         words.extend(["--base".to_owned(), inputs.models[base].source.clone()]);
     }
-    let defaults = crate::registry::get(&plan.method).map(|entry| entry.default().parameters());
-    for (key, value) in plan.parameters.as_object().into_iter().flatten() {
+    words.extend(flags(&plan.method, &plan.parameters));
+    if let Some(labelled) = &inputs.labelled {
+        words.extend(["--labelled".to_owned(), labelled.source()]);
+    }
+    for text in &inputs.text {
+        words.extend(["--text".to_owned(), text.source.clone()]);
+    }
+    words.extend(["--seed".to_owned(), cx.seed.to_string(), "-o".to_owned(), "OUT".to_owned()]);
+    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+}
+
+/// Parameters as they are typed, those that say nothing left out.
+pub(crate) fn flags(method: &str, parameters: &Value) -> Vec<String> {
+    let mut words = Vec::new();
+    let defaults = crate::registry::get(method).map(|entry| entry.default().parameters());
+    for (key, value) in parameters.as_object().into_iter().flatten() {
         let flag = format!("--{}", key.replace('_', "-"));
         match value {
             // A flag that is on by default takes a value.
@@ -416,18 +449,11 @@ fn command(inputs: &Inputs, plan: &Plan, cx: &Context) -> String {
             other => words.extend([flag, other.to_string()]),
         }
     }
-    if let Some(labelled) = &inputs.labelled {
-        words.extend(["--labelled".to_owned(), labelled.source()]);
-    }
-    for text in &inputs.text {
-        words.extend(["--text".to_owned(), text.source.clone()]);
-    }
-    words.extend(["--seed".to_owned(), cx.seed.to_string(), "-o".to_owned(), "OUT".to_owned()]);
-    words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ")
+    words
 }
 
 /// A word as a POSIX shell reads it.
-fn quoted(word: &str) -> String {
+pub(crate) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@+,%".contains(c);
     match !word.is_empty() && word.chars().all(plain) {
         true => word.to_owned(),
@@ -454,7 +480,7 @@ fn checks(report: &Value) -> Vec<String> {
 }
 
 /// The last part of a path or source string: a name that does not depend on where things lie.
-fn name_of(source: &str) -> String {
+pub(crate) fn name_of(source: &str) -> String {
     let trimmed = source.trim_end_matches('/');
     trimmed.rsplit('/').next().unwrap_or(trimmed).to_owned()
 }

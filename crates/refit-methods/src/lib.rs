@@ -4,6 +4,7 @@
 //! [`method`] is the seam that every method implements, [`registry`] the list of them all.
 
 pub mod adapt;
+pub mod advise;
 pub mod blockwise;
 pub mod calibrated;
 pub mod emit;
@@ -21,6 +22,7 @@ pub mod registry;
 pub mod rewrite;
 pub mod solver;
 pub mod suggest;
+pub mod survey;
 pub mod svd;
 #[cfg(test)]
 pub mod testing;

@@ -21,6 +21,7 @@ pub mod lineage;
 pub mod scan;
 pub mod source;
 mod storage;
+pub mod weight_grid;
 pub mod writer;
 pub mod yaml;
 
@@ -33,6 +34,7 @@ pub use config::Config;
 pub use dtype::{DType, GgmlType};
 pub use error::{Error, Result, ShardFault, TensorFault};
 pub use lineage::Lineage;
+pub use weight_grid::WeightGrid;
 pub use writer::{ArtifactWriter, TensorSpec, WritePlan};
 
 #[cfg(test)]

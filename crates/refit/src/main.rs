@@ -6,7 +6,6 @@
 mod cli;
 mod engine;
 mod failure;
-mod grid;
 mod inputs;
 mod interrupt;
 mod labelled;

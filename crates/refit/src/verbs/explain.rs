@@ -205,7 +205,7 @@ fn lines(artifact: &Artifact) -> Result<Vec<Line>> {
         ),
     };
     say(fits, &format!("{config_file}, tensor headers"));
-    let grid = crate::grid::detect(artifact)?;
+    let grid = refit_store::weight_grid::detect(artifact)?;
     if let Some(bits) = grid.bits {
         say(
             format!(

@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use refit_store::Artifact;
 use refit_store::architecture::{Kind, MemoryOptions, Role, memory_plan};
+use refit_store::{Artifact, weight_grid};
 use serde_json::{Value, json};
 
 use crate::cli::App;
 use crate::failure::Result;
-use crate::grid;
 use crate::inputs;
 use crate::output::{self, Outcome, Table};
 use crate::report::number;
@@ -52,7 +51,7 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
         .iter()
         .filter_map(|site| Some((site.name.as_str(), site.tied_to.as_deref()?)))
         .collect();
-    let grid = grid::detect(artifact)?;
+    let grid = weight_grid::detect(artifact)?;
     let report = artifact.load_report();
     let values = match args.values {
         true => Some(values(app, artifact)?),

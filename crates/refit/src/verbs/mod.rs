@@ -1,5 +1,6 @@
 //! One file per verb: its arguments, its work, its answer.
 
+pub mod advise;
 pub mod apply;
 pub mod card;
 pub mod claim;
@@ -16,6 +17,7 @@ pub mod generate;
 pub mod inspect;
 pub mod interference;
 pub mod lineage;
+pub mod map;
 pub mod methods;
 pub mod pull;
 pub mod report;

@@ -8,7 +8,8 @@ use refit_store::formats::gguf::{self, WRITABLE};
 use refit_store::{DType, GgmlType, SideFile, TensorInfo};
 
 use super::decide::{Decision, How, float_of};
-use super::lattices::{self, Found};
+use super::lattices::Found;
+use super::seen::Seen;
 use super::{Export, bits_of};
 use crate::error::{Error, Result};
 use crate::inputs::ModelInput;
@@ -23,16 +24,19 @@ fn bad(model: &ModelInput, problem: String) -> Error {
 ///
 /// # Errors
 /// A model type that GGUF is not written for, a tensor that has no name there, a tokenizer that cannot be told.
-pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Vec<Decision>> {
+pub fn decide(
+    export: &Export,
+    model: &ModelInput,
+    seen: &Seen,
+    plan: &mut Plan,
+) -> Result<Vec<Decision>> {
     let artifact = &model.artifact;
     let naming = write::naming(artifact.config()).map_err(|problem| bad(model, problem))?;
-    // Everything that can be wrong with metadata and tokenizer is found here.
-    fields(export, model, &[])?;
-    let found = lattices::find(model)?;
+    let found = &seen.grids;
     let tied = artifact.config().bool("tie_word_embeddings") == Some(true);
     let mut decisions = Vec::new();
     let mut fallbacks: BTreeMap<(String, String, usize), usize> = BTreeMap::new();
-    for info in artifact.tensors() {
+    for info in &seen.tensors {
         if info.name.ends_with("rotary_emb.inv_freq") || info.name.ends_with(".attn.bias") {
             plan.notes
                 .push(format!("`{}` follows from the configuration and is left out", info.name));

@@ -7,6 +7,7 @@ use refit_store::formats::packed::words_of;
 use refit_store::lattice::Lattice;
 use serde::{Deserialize, Serialize};
 
+use super::seen::Seen;
 use super::{Export, NAME};
 use crate::error::{Error, Result};
 use crate::inputs::ModelInput;
@@ -132,7 +133,7 @@ pub fn float_of(dtype: DType) -> DType {
 ///
 /// # Errors
 /// None beyond those of the plan's other parts.
-pub fn plain(export: &Export, model: &ModelInput) -> Result<Vec<Decision>> {
+pub fn plain(export: &Export, model: &ModelInput, seen: &Seen) -> Result<Vec<Decision>> {
     let decide = |info: &refit_store::TensorInfo| {
         let dtype = match (info.dtype.is_float(), export.r#type.0) {
             (true, Some(dtype)) => dtype,
@@ -141,7 +142,7 @@ pub fn plain(export: &Export, model: &ModelInput) -> Result<Vec<Decision>> {
         };
         Decision::whole(&info.name, info.name.clone(), &info.shape, dtype, How::Plain)
     };
-    let decisions: Vec<Decision> = model.artifact.tensors().iter().map(decide).collect();
+    let decisions: Vec<Decision> = seen.tensors.iter().map(decide).collect();
     match decisions.is_empty() {
         false => Ok(decisions),
         true => Err(Error::NothingToDo {

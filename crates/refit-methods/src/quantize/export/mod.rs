@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 
 use crate::emit::{Container, Emitter};
 use crate::error::{Error, Result};
+use crate::inputs::ModelInput;
 use crate::method::{
     Action, Context, Effort, Family, Info, InputSpec, Inputs, Method, Output, OutputKind, Paper,
     Plan, PlannedTensor, Taxonomy, Touches, Unit,
@@ -40,10 +41,14 @@ pub(crate) mod lattices;
 pub mod lora;
 mod packed;
 mod prove;
+mod seen;
+mod size;
 mod write;
 
 pub(crate) use decide::float_of;
 pub use decide::{Decision, How};
+pub(crate) use seen::Seen;
+pub(crate) use size::{Forecast, Foreseen};
 
 /// Name, shape and type of what compressed-tensors keeps of a linear `[out, in]` on a grid, codes in words.
 pub(crate) fn packed_parts(
@@ -222,10 +227,70 @@ crate::paper_defaults!(Export);
 
 impl Export {
     /// The model as this format is to hold it: compensations are multiplied out in floats, and left out beside codes.
-    fn seen(&self, inputs: &Inputs) -> Result<Inputs> {
+    fn bare(&self, inputs: &Inputs) -> Result<Inputs> {
         match self.to {
             Target::Safetensors => Ok(inputs.clone()),
             _ => lora::bare(inputs),
+        }
+    }
+
+    /// The plan for a model that is seen so; metadata and tokenizer are checked apart.
+    ///
+    /// # Errors
+    /// As [`Method::plan`].
+    pub(crate) fn plan_seen(&self, model: &ModelInput, seen: &Seen) -> Result<Plan> {
+        self.check()?;
+        let mut plan = Plan::of(self);
+        let decisions = self.decide(model, seen, &mut plan)?;
+        let mut largest = 0;
+        for decision in &decisions {
+            if let Some(source) = &decision.source {
+                largest = largest.max(model.artifact.tensor(source)?.numel() as u64);
+            }
+            for (name, shape, dtype) in decision.parts() {
+                let bytes = dtype.bytes_of(&shape).unwrap_or(0);
+                plan.output_bytes += bytes;
+                let action = match decision.how {
+                    How::Quantize => Action::Transform,
+                    _ => Action::Copy,
+                };
+                plan.tensors.push(PlannedTensor {
+                    name,
+                    shape,
+                    dtype: dtype.to_string(),
+                    bytes,
+                    action,
+                });
+            }
+        }
+        if self.to != Target::CompressedTensors && self.activations == Activations::Stated {
+            let stated = activations::stated(&model.artifact)?;
+            if !stated.is_empty() {
+                plan.notes.push(format!(
+                    "the model states how {} activations are rounded; only --to compressed-tensors has a word for it",
+                    stated.roundings.len()
+                ));
+            }
+        }
+        plan.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        let threads = rayon::current_num_threads() as u64;
+        // GGUF and safetensors go row by row, a few million weights at a time; packed formats matrix by matrix.
+        let piece = match self.to {
+            Target::Gguf | Target::Safetensors => largest.min(2 * write::PIECE as u64),
+            _ => largest,
+        };
+        plan.peak_memory = threads * 12 * piece + (64 << 20);
+        decide::describe(&decisions, &mut plan);
+        plan.decided = serde_json::to_value(&decisions)
+            .map_err(|source| Error::Parameters { method: NAME, source })?;
+        Ok(plan)
+    }
+
+    fn decide(&self, model: &ModelInput, seen: &Seen, plan: &mut Plan) -> Result<Vec<Decision>> {
+        match self.to {
+            Target::Gguf => blocks::decide(self, model, seen, plan),
+            Target::Safetensors => decide::plain(self, model, seen),
+            Target::CompressedTensors | Target::Gptq => packed::decide(self, model, seen, plan),
         }
     }
 
@@ -288,7 +353,7 @@ impl Method for Export {
         inputs: InputSpec::WEIGHTS,
         output: OutputKind::Model,
         taxonomy: Taxonomy {
-            path: &["quantization", "formats"],
+            path: &["acceleration", "formats"],
             needs: Effort::None,
             touches: &[Touches::Weights],
             composes_with: &[],
@@ -298,60 +363,23 @@ impl Method for Export {
     fn plan(&self, inputs: &Inputs) -> Result<Plan> {
         self.check()?;
         let compensated = lora::compensated(&inputs.models[0].artifact).len();
-        let inputs = &self.seen(inputs)?;
+        let inputs = &self.bare(inputs)?;
         let model = &inputs.models[0];
-        let mut plan = Plan::of(self);
+        if self.to == Target::Gguf {
+            // Everything that can be wrong with metadata and tokenizer is found before weights are looked at.
+            blocks::fields(self, model, &[])?;
+        }
+        let seen = match self.to {
+            Target::Safetensors => Seen::without_grids(model),
+            _ => Seen::of(model)?,
+        };
+        let mut plan = self.plan_seen(model, &seen)?;
         if compensated > 0 && self.to != Target::Safetensors {
             plan.notes.push(format!(
-                "{compensated} matrices have a product beside their codes, for which this format has no word: it goes into an                  adapter in `lorc/`"
+                "{compensated} matrices have a product beside their codes, for which this format has no word: it goes into an \
+                 adapter in `lorc/`"
             ));
         }
-        let decisions = match self.to {
-            Target::Gguf => blocks::decide(self, model, &mut plan)?,
-            Target::Safetensors => decide::plain(self, model)?,
-            Target::CompressedTensors | Target::Gptq => packed::decide(self, model, &mut plan)?,
-        };
-        let mut largest = 0;
-        for decision in &decisions {
-            if let Some(source) = &decision.source {
-                largest = largest.max(model.artifact.tensor(source)?.numel() as u64);
-            }
-            for (name, shape, dtype) in decision.parts() {
-                let bytes = dtype.bytes_of(&shape).unwrap_or(0);
-                plan.output_bytes += bytes;
-                let action = match decision.how {
-                    How::Quantize => Action::Transform,
-                    _ => Action::Copy,
-                };
-                plan.tensors.push(PlannedTensor {
-                    name,
-                    shape,
-                    dtype: dtype.to_string(),
-                    bytes,
-                    action,
-                });
-            }
-        }
-        if self.to != Target::CompressedTensors && self.activations == Activations::Stated {
-            let stated = activations::stated(&model.artifact)?;
-            if !stated.is_empty() {
-                plan.notes.push(format!(
-                    "the model states how {} activations are rounded; only --to compressed-tensors has a word for it",
-                    stated.roundings.len()
-                ));
-            }
-        }
-        plan.tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        let threads = rayon::current_num_threads() as u64;
-        // GGUF and safetensors go row by row, a few million weights at a time; packed formats matrix by matrix.
-        let piece = match self.to {
-            Target::Gguf | Target::Safetensors => largest.min(2 * write::PIECE as u64),
-            _ => largest,
-        };
-        plan.peak_memory = threads * 12 * piece + (64 << 20);
-        decide::describe(&decisions, &mut plan);
-        plan.decided = serde_json::to_value(&decisions)
-            .map_err(|source| Error::Parameters { method: NAME, source })?;
         Ok(plan)
     }
 
@@ -364,7 +392,7 @@ impl Method for Export {
                 _ => lora::peft(&inputs.models[0])?,
             },
         };
-        let inputs = &self.seen(inputs)?;
+        let inputs = &self.bare(inputs)?;
         let model = &inputs.models[0];
         let decisions: Vec<Decision> = serde_json::from_value(plan.decided.clone())
             .map_err(|source| Error::Parameters { method: NAME, source })?;

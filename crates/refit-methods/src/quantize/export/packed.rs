@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use super::decide::{Decision, How, Packing, Parts, float_of};
 use super::inputs::{self, Said};
-use super::lattices::{self, Found};
+use super::lattices::Found;
+use super::seen::Seen;
 use super::{Activations, CheckpointFormat, Export, Layout, NAME, Target};
 use crate::emit::serialize;
 use crate::error::{Error, Result};
@@ -22,9 +23,14 @@ use crate::rewrite::{linears, shape_of};
 ///
 /// # Errors
 /// A model without such linears, and grids that the format has no word for.
-pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Vec<Decision>> {
+pub fn decide(
+    export: &Export,
+    model: &ModelInput,
+    seen: &Seen,
+    plan: &mut Plan,
+) -> Result<Vec<Decision>> {
     let sites = linears(model)?;
-    let found = lattices::find(model)?;
+    let found = &seen.grids;
     if found.is_empty() {
         let problem = format!(
             "none of its {} linears lies on a grid of equal steps, and this format holds nothing else; quantize it \
@@ -53,7 +59,7 @@ pub fn decide(export: &Export, model: &ModelInput, plan: &mut Plan) -> Result<Ve
         Target::Gptq => Vec::new(),
         _ => said(export, model, &packed, &mut Vec::new())?.parts(),
     };
-    for info in model.artifact.tensors() {
+    for info in &seen.tensors {
         decisions.push(match packing.get(&info.name) {
             Some(&(own, packing)) => Decision {
                 source: Some(info.name.clone()),

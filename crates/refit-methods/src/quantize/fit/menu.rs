@@ -5,14 +5,14 @@
 //! quantized in the element type that it is written in. Bits per weight are the same parts of the quantized matrices alone, over
 //! their weights. Configuration and tokenizer lie in files of their own and are not counted.
 
+use refit_store::DType;
 use refit_store::architecture::{Layout, Site};
 use refit_store::lattice::Lattice;
-use refit_store::{DType, TensorSpec, WritePlan};
 use serde::Serialize;
 use serde_json::json;
 
 use super::Fit;
-use crate::emit::SHARD;
+use crate::emit::{SHARD, file_bytes};
 use crate::error::{Error, Result};
 use crate::inputs::ModelInput;
 use crate::quantize::chain::{Group, nested};
@@ -180,7 +180,7 @@ impl<'a> Menu<'a> {
             let (out, inputs) = shape_of(site);
             packed_parts(&site.name, [out, inputs], choice.lattice())
         });
-        self.bytes_with(packed.chain(self.others()).collect())
+        file_bytes(packed.chain(self.others()).collect(), None)
     }
 
     /// Bytes of the weight files of the model as it would be written without being quantized.
@@ -192,17 +192,7 @@ impl<'a> Menu<'a> {
         let kept = infos.map(|info| {
             (info.name.clone(), info.shape.clone(), float_of(self.dtype.of(info.dtype)))
         });
-        self.bytes_with(kept.collect())
-    }
-
-    fn bytes_with(&self, parts: Vec<(String, Vec<usize>, DType)>) -> Result<u64> {
-        let spec = |(name, shape, dtype)| TensorSpec { name, shape, dtype };
-        let plan = WritePlan {
-            tensors: parts.into_iter().map(spec).collect(),
-            max_shard_bytes: Some(SHARD),
-            ..WritePlan::default()
-        };
-        Ok(plan.file_bytes()?)
+        file_bytes(kept.collect(), None)
     }
 
     /// Grids that all matrices may share.

@@ -1,14 +1,15 @@
-//! Grid detection: do a model's weights already lie on few levels per group? Quantizing such a model
+//! Grid detection for a whole model: do its weights already lie on few levels per group? Quantizing such a model
 //! again at the same bits and group measures nothing.
 
-use refit_store::Artifact;
 use serde::Serialize;
 
-use crate::failure::Result;
+use crate::artifact::Artifact;
+use crate::census::Grid;
+use crate::error::Result;
 
-/// What was found.
+/// The grid of a model's linears.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Grid {
+pub struct WeightGrid {
     /// Bits per level index; `None` when no grid shows.
     pub bits: Option<u32>,
     /// Inputs per group; `None` with bits: whole rows.
@@ -27,25 +28,28 @@ pub struct Grid {
 const MATRICES: usize = 8;
 
 /// Samples linears over the depth. All must lie on a grid; the finest is what is said.
-pub fn detect(artifact: &Artifact) -> Result<Grid> {
+///
+/// # Errors
+/// Files that cannot be read.
+pub fn detect(artifact: &Artifact) -> Result<WeightGrid> {
     let linears: Vec<_> =
         artifact.architecture().linears().filter(|site| site.shape.len() == 2).collect();
     let step = linears.len().div_ceil(MATRICES).max(1);
     let names: Vec<&str> = linears.iter().step_by(step).map(|site| site.name.as_str()).collect();
-    let found = names.iter().map(|name| Ok(artifact.grid(name)?)).collect::<Result<Vec<_>>>()?;
+    let found = names.iter().map(|name| artifact.grid(name)).collect::<Result<Vec<_>>>()?;
     let stored = found.iter().flatten().find_map(|grid| grid.stored.clone());
     let on_grid = found.iter().flatten().count();
-    let none = Grid { matrices: names.len(), on_grid, stored, ..Grid::default() };
+    let none = WeightGrid { matrices: names.len(), on_grid, stored, ..WeightGrid::default() };
     let Some(grids) = found.into_iter().collect::<Option<Vec<_>>>() else { return Ok(none) };
-    Ok(Grid {
-        bits: grids.iter().map(refit_store::Grid::bits).max(),
+    Ok(WeightGrid {
+        bits: grids.iter().map(Grid::bits).max(),
         group: grids.iter().filter_map(|grid| grid.group).min(),
         uniform: grids.iter().all(|grid| grid.uniform),
         ..none
     })
 }
 
-impl Grid {
+impl WeightGrid {
     /// What to say to someone who is about to quantize the model or to compare with it; `None` for a model off every grid.
     pub fn warning(&self) -> Option<String> {
         match self.bits {
@@ -68,7 +72,7 @@ impl Grid {
     }
 }
 
-impl std::fmt::Display for Grid {
+impl std::fmt::Display for WeightGrid {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.bits {
             Some(bits) => write!(
