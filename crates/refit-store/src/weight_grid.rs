@@ -66,6 +66,15 @@ impl WeightGrid {
         }
     }
 
+    /// Bits and what shares a grid, in words.
+    pub fn span_in_words(&self) -> String {
+        match (self.bits, &self.stored) {
+            (Some(bits), _) => format!("{bits}-bit codes per {}", self.span()),
+            (None, Some(stored)) => format!("stored as {stored}"),
+            (None, None) => format!("{} of {} sampled matrices", self.on_grid, self.matrices),
+        }
+    }
+
     /// What shares a grid, in words.
     pub fn span(&self) -> String {
         self.group.map_or_else(|| "whole rows".to_owned(), |group| format!("{group} inputs"))

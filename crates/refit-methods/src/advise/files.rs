@@ -34,6 +34,8 @@ pub struct File {
     pub size: Size,
     /// Squared error of rounding to nearest, relative to the squares of the sampled weights.
     pub error: f64,
+    /// The type in which decoded weights must be written for their codes to be found again.
+    pub dtype: OutputType,
 }
 
 /// What a file takes.
@@ -65,10 +67,12 @@ pub struct Files<'a> {
     pub all: Vec<File>,
     /// Why a format holds none of them.
     pub refusals: Vec<String>,
-    /// The type in which methods write what they do not quantize.
-    pub dtype: OutputType,
     /// Weights of all matrices.
     pub weights: u64,
+    /// The type in which methods write what they do not quantize.
+    dtype: OutputType,
+    /// Some matrices are stored with the 8 significant bits of bfloat16.
+    coarse: bool,
     sites: Vec<&'a Site>,
 }
 
@@ -86,8 +90,12 @@ impl<'a> Files<'a> {
         let mut files = Self {
             all: Vec::new(),
             refusals: Vec::new(),
-            dtype,
             weights: menu.weights(),
+            dtype,
+            coarse: menu.sites.iter().any(|site| {
+                let info = model.artifact.tensor(&site.name);
+                info.is_ok_and(|info| info.dtype == DType::BF16)
+            }),
             sites: menu.sites.clone(),
         };
         let targets =
@@ -104,7 +112,8 @@ impl<'a> Files<'a> {
                 match forecast.foresee(&export, &seen) {
                     Ok(foreseen) if foreseen.keeps_grids => {
                         let size = Size::of(foreseen, files.weights);
-                        files.all.push(File { uniform, export, size, error });
+                        let dtype = files.dtype_of(uniform.bits, uniform.symmetric);
+                        files.all.push(File { uniform, export, size, error, dtype });
                     }
                     Ok(_) => {}
                     Err(error) => files.refuse(error.to_string()),
@@ -120,6 +129,15 @@ impl<'a> Files<'a> {
         }
     }
 
+    /// The type in which decoded weights on a grid must be written. With zero points, codes of 8 bits reach 255, and half of the
+    /// last of 8 significant bits is half a step there: bfloat16 cannot tell neighbours apart.
+    pub fn dtype_of(&self, bits: u8, symmetric: bool) -> OutputType {
+        match self.dtype {
+            OutputType::Auto if self.coarse && bits == 8 && !symmetric => OutputType::F16,
+            dtype => dtype,
+        }
+    }
+
     /// The model with all matrices on a grid.
     pub fn seen(&self, model: &ModelInput, uniform: Uniform) -> Seen {
         let lattice = |site: &&Site| {
@@ -128,7 +146,8 @@ impl<'a> Files<'a> {
                 Lattice { bits: choice.bits, symmetric: choice.symmetric, group: choice.group };
             (site.name.clone(), lattice)
         };
-        Seen::after(model, self.dtype, self.sites.iter().map(lattice))
+        let dtype = self.dtype_of(uniform.bits, uniform.symmetric);
+        Seen::after(model, dtype, self.sites.iter().map(lattice))
     }
 
     /// The file within a budget that loses least; of equals, the one that leaves embeddings alone, then the smallest.

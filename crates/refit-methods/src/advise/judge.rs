@@ -19,8 +19,8 @@ use crate::quantize::fit::size::Size as Bytes;
 use crate::registry::{self, Entry};
 use crate::rewrite::OutputType;
 
-/// Squared error, relative, below which rounding changes nothing but the last bits of weights stored in 16.
-const NOTHING: f64 = 1e-5;
+/// Bits per weight from which a size may be hit with codes of 8 bits.
+const MANY_BITS: f64 = 5.0;
 /// Tokens that a recovery trains on, where there are as many.
 const RECOVERY: u64 = 10_000;
 /// Most tokens of an example, as trainings have it.
@@ -65,6 +65,8 @@ pub struct Bench<'a> {
     files: std::result::Result<Files<'a>, String>,
     forecast: Forecast<'a>,
     as_it_is: Seen,
+    /// The size pays for the codes that the model has already.
+    keeps_codes: bool,
     stem: String,
 }
 
@@ -101,8 +103,20 @@ impl<'a> Bench<'a> {
             }
             Err(error) => return Err(error),
         };
-        let as_it_is = Seen::of(model)?;
-        Ok(Self { model, question, facts, files, forecast, as_it_is, stem: stem(&model.source) })
+        let mut bench = Self {
+            model,
+            question,
+            facts,
+            files,
+            forecast,
+            as_it_is: Seen::of(model)?,
+            keeps_codes: false,
+            stem: stem(&model.source),
+        };
+        let exports = bench.exports().0;
+        bench.keeps_codes =
+            exports.iter().any(|(_, size, exact)| *exact && question.budget.pays(*size));
+        Ok(bench)
     }
 
     /// Judges a method.
@@ -238,7 +252,7 @@ impl<'a> Bench<'a> {
         self.plan_first(entry, &inputs, variants, " even with one calibration sequence")
     }
 
-    /// Parameters with every number of calibration sequences that there is text for, the most first.
+    /// Parameters with as many calibration sequences as there is text for, half of them, and so on down to one.
     fn calibrations(
         &self,
         entry: &Entry,
@@ -271,7 +285,8 @@ impl<'a> Bench<'a> {
             }
             (all, count * length_here)
         };
-        Ok((1..=most).rev().map(variant).collect())
+        let halves = std::iter::successors(Some(most), |count| Some(count / 2));
+        Ok(halves.take_while(|count| *count > 0).map(variant).collect())
     }
 
     /// A method's own needs, in words and numbers.
@@ -329,6 +344,13 @@ impl<'a> Bench<'a> {
     fn quantizer(&self, entry: &'static Entry) -> Judged<Advised> {
         let unknown = "its parameters do not say a grid, so its size cannot be foreseen";
         let way = Way::of(entry).ok_or_else(|| refuse(unknown))?;
+        if self.keeps_codes && !matches!(way, Way::Activations { .. }) {
+            return Err(refuse(format!(
+                "could at best change nothing: the weights lie on a grid already ({}), and refit export keeps every code within \
+                 the size",
+                self.facts.grid.span_in_words()
+            )));
+        }
         match way {
             Way::Nowhere(why) => Err(refuse(why)),
             Way::Sized => self.sized(entry),
@@ -340,14 +362,6 @@ impl<'a> Bench<'a> {
                 let file = files
                     .best(self.question.budget, |file| way.makes(file))
                     .ok_or_else(|| self.too_large(files, |file| way.makes(file)))?;
-                if self.facts.grid.on_grid > 0 && file.error < NOTHING {
-                    return Err(refuse(format!(
-                        "would change nothing: the weights lie on such a grid already ({}), and {} is what they have or finer; \
-                         refit export writes the codes that are there",
-                        self.facts.grid,
-                        files::in_words(file.uniform)
-                    )));
-                }
                 let base = self.base(entry, way, file, files, self.here())?;
                 Ok(self.advised(entry, base, file.size, Vec::new()))
             }
@@ -412,8 +426,9 @@ impl<'a> Bench<'a> {
                 (one("bpw", bits), Size { bytes, bpw })
             }
         };
-        if files.dtype != OutputType::Auto {
-            parameters.insert("dtype".to_owned(), json!(files.dtype));
+        let dtype = files.dtype_of(if size.bpw > MANY_BITS { 8 } else { 4 }, false);
+        if dtype != OutputType::Auto {
+            parameters.insert("dtype".to_owned(), json!(dtype));
         }
         let with_text = match self.question.needs {
             Needs::None => Err(refuse("")),
@@ -494,8 +509,8 @@ impl<'a> Bench<'a> {
                 parameters.insert(key.to_owned(), json!(8));
             }
         }
-        if files.dtype != OutputType::Auto {
-            parameters.insert("dtype".to_owned(), json!(files.dtype));
+        if file.dtype != OutputType::Auto {
+            parameters.insert("dtype".to_owned(), json!(file.dtype));
         }
         let planned = self.plan_method(entry, &parameters)?;
         let (decoded, packed) = self.names(entry.info.name, &file.export);
@@ -731,6 +746,11 @@ impl<'a> Bench<'a> {
 
     /// An adapter that recovers what quantization lost, beside the quantized model.
     fn recovery(&self, entry: &'static Entry) -> Judged<Advised> {
+        if self.keeps_codes {
+            return Err(refuse(
+                "recovers what quantizing loses, and refit export keeps every code within the size",
+            ));
+        }
         let files = self.files()?;
         let planned = self.plan_training(entry)?;
         let part = |tensor: &crate::method::PlannedTensor| {

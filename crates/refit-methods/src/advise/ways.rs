@@ -110,8 +110,8 @@ impl Way {
             (Some(Zero::Declined), true) => set("symmetric", json!(true)),
             _ => {}
         }
-        if files.dtype != OutputType::Auto {
-            set("dtype", json!(files.dtype));
+        if file.dtype != OutputType::Auto {
+            set("dtype", json!(file.dtype));
         }
         Ok(parameters)
     }
