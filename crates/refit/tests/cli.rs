@@ -9,6 +9,8 @@ const VERBS: &[&str] = &[
     "inspect",
     "explain",
     "scan",
+    "map",
+    "advise",
     "methods",
     "show",
     "apply",

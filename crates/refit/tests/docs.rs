@@ -80,6 +80,25 @@ fn the_pages_of_methods_are_those_of_the_registry() {
     }
 }
 
+#[test]
+fn the_map_holds_and_its_page_is_that_of_the_registry() {
+    let place = Place::new();
+    place.run(&["map", "--check"]).code(0);
+    let made = place.run(&["map", "--markdown"]).code(0).out;
+    let committed = std::fs::read_to_string(book().join("map.md")).unwrap();
+    let remedy = "make it again with `cargo run -- map --markdown > docs/src/map.md`";
+    assert!(made == committed, "docs/src/map.md is stale: {remedy}");
+    let map = place.run(&["map", "--json"]).json();
+    assert_eq!(map["papers"].as_array().unwrap().len(), 80);
+    let cells = map["survey"].as_array().unwrap().iter().chain(map["reuse"].as_array().unwrap());
+    let verbs: Vec<&str> =
+        cells.flat_map(|cell| cell["verbs"].as_array().unwrap()).filter_map(Value::as_str).collect();
+    assert!(verbs.contains(&"advise"), "{verbs:?}");
+    for verb in verbs {
+        place.run(&[verb, "--help"]).code(0);
+    }
+}
+
 /// Headings as mdBook names them.
 fn anchors(page: &str) -> BTreeSet<String> {
     let slug = |heading: &str| -> String {

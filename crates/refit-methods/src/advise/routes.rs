@@ -101,13 +101,13 @@ mod tests {
         ]);
         assert_eq!(
             apply("gptq", "a b", &parameters, &[("text", "builtin:calibration")], "q"),
-            "refit apply gptq 'a b' --asymmetric --bits 3 --group row --text builtin:calibration -o q"
+            "refit apply gptq 'a b' --bits 3 --group row --asymmetric --text builtin:calibration -o q"
         );
         let q8 = crate::quantize::export::ExportType(Some(DType::Ggml(GgmlType::Q8_0)));
         let gguf = Export { embedding_type: q8, ..Export::default() };
         assert_eq!(
             export("q", &gguf, "q-gguf"),
-            "refit export q --embedding-type Q8_0 --to gguf -o q-gguf"
+            "refit export q --to gguf --embedding-type Q8_0 -o q-gguf"
         );
     }
 }
