@@ -91,8 +91,10 @@ fn the_map_holds_and_its_page_is_that_of_the_registry() {
     let map = place.run(&["map", "--json"]).json();
     assert_eq!(map["papers"].as_array().unwrap().len(), 80);
     let cells = map["survey"].as_array().unwrap().iter().chain(map["reuse"].as_array().unwrap());
-    let verbs: Vec<&str> =
-        cells.flat_map(|cell| cell["verbs"].as_array().unwrap()).filter_map(Value::as_str).collect();
+    let verbs: Vec<&str> = cells
+        .flat_map(|cell| cell["verbs"].as_array().unwrap())
+        .filter_map(Value::as_str)
+        .collect();
     assert!(verbs.contains(&"advise"), "{verbs:?}");
     for verb in verbs {
         place.run(&[verb, "--help"]).code(0);

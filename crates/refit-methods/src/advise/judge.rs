@@ -13,7 +13,7 @@ use super::{Advised, Budget, Cost, Keep, Needs, Question, Smallest, least};
 use crate::emit::file_bytes;
 use crate::error::{Error, Result};
 use crate::inputs::{Inputs, ModelInput};
-use crate::method::{Effort, Info, Need, OutputKind, Plan};
+use crate::method::{Effort, Family, Info, Need, OutputKind, Plan, PlannedTensor};
 use crate::quantize::export::{Export, ExportType, Forecast, Seen, Target};
 use crate::quantize::fit::size::Size as Bytes;
 use crate::registry::{self, Entry};
@@ -27,6 +27,8 @@ const RECOVERY: u64 = 10_000;
 const EXAMPLE: u64 = 512;
 /// Examples per update, largest first.
 const BATCHES: [u64; 3] = [4, 2, 1];
+/// By how much thin factors may shrink the matrices, the least first.
+const RATIOS: [u64; 6] = [2, 3, 4, 6, 8, 12];
 /// Quantizers that others build on, best first: the first that the budgets pay is taken.
 const BASES: [&str; 2] = ["gptq", "rtn"];
 
@@ -76,6 +78,19 @@ struct Planned {
     plan: Plan,
     /// Tokens that it looks at, or trains on.
     tokens: u64,
+}
+
+/// Bytes of an adapter that is exported beside codes: PEFT's holds 32 bits a value, llama.cpp's as many as the values need.
+#[derive(Clone, Copy, Default)]
+struct Beside {
+    packed: u64,
+    gguf: u64,
+}
+
+impl Beside {
+    fn of(self, to: Target) -> u64 {
+        if to == Target::Gguf { self.gguf } else { self.packed }
+    }
 }
 
 /// Matrices that were quantized and exported.
@@ -128,6 +143,7 @@ impl<'a> Bench<'a> {
         let helps = path.starts_with(&["quantization", "post-training"])
             || path.starts_with(&["acceleration", "formats"])
             || path.first() == Some(&"pruning")
+            || info.family == Family::Factorize
             || info.trains();
         if !helps || info.inputs.max_models != Some(1) || info.inputs.base == Need::Required {
             return Err(refuse(beside_the_point(info)));
@@ -140,6 +156,7 @@ impl<'a> Bench<'a> {
             )));
         }
         match path[0] {
+            _ if info.family == Family::Factorize => self.thinner(entry),
             "quantization" => self.quantizer(entry),
             "acceleration" => self.exporter(entry),
             "pruning" => self.pruner(entry),
@@ -207,9 +224,14 @@ impl<'a> Bench<'a> {
     }
 
     /// Why nothing of so many files is within the size.
-    fn too_large(&self, files: &Files, wanted: impl Fn(&File) -> bool) -> Refusal {
+    fn too_large(
+        &self,
+        files: &Files,
+        wanted: impl Fn(&File) -> bool,
+        whole: &dyn Fn(&File) -> Size,
+    ) -> Refusal {
         let budget = self.question.budget;
-        let sizes = files.all.iter().filter(|file| wanted(file)).map(|file| file.size);
+        let sizes = files.all.iter().filter(|file| wanted(file)).map(whole);
         match sizes.min_by(|a, b| budget.of(*a).total_cmp(&budget.of(*b))) {
             Some(least) => refuse(format!(
                 "its smallest file takes {}, more than {}",
@@ -357,15 +379,39 @@ impl<'a> Bench<'a> {
             Way::Activations { weights, activations, symmetric } => {
                 self.with_activations(entry, [weights, activations], symmetric)
             }
-            Way::Uniform(_) | Way::Mean(_) => {
-                let files = self.files()?;
+            Way::Uniform(_) | Way::Mean(_) | Way::Compensated(_) => {
+                let (files, budget) = (self.files()?, self.question.budget);
+                let beside = match way {
+                    Way::Compensated(_) => self.beside(entry)?,
+                    _ => Beside::default(),
+                };
+                let whole = |file: &File| file.size.plus(beside.of(file.export.to), files.weights);
+                let fits = |file: &File| way.makes(file) && budget.pays(whole(file));
                 let file = files
-                    .best(self.question.budget, |file| way.makes(file))
-                    .ok_or_else(|| self.too_large(files, |file| way.makes(file)))?;
-                let base = self.base(entry, way, file, files, self.here())?;
-                Ok(self.advised(entry, base, file.size, Vec::new()))
+                    .best(budget, fits)
+                    .ok_or_else(|| self.too_large(files, |file| way.makes(file), &whole))?;
+                let mut base = self.base(entry, way, file, files, self.here())?;
+                let mut reasons = Vec::new();
+                if let Way::Compensated(_) = way {
+                    let adapter = Bytes(beside.of(file.export.to));
+                    reasons.push(format!("a product of low rank beside every matrix, exported as an adapter of {adapter}"));
+                    base.warnings
+                        .push("engines add it while they run (--lora of llama.cpp, PEFT)".into());
+                }
+                Ok(self.advised(entry, base, whole(file), reasons))
             }
         }
+    }
+
+    /// What a method writes beside the matrices that it quantizes.
+    fn beside(&self, entry: &Entry) -> Judged<Beside> {
+        let plan = entry.default().plan(&self.inputs())?;
+        let own = plan.tensors.iter().filter(|t| !self.model.artifact.contains(&t.name));
+        let part = |dtype: DType| {
+            let parts = own.clone().map(|t| (t.name.clone(), t.shape.clone(), dtype));
+            file_bytes(parts.collect(), None)
+        };
+        Ok(Beside { packed: part(DType::F32)?, gguf: part(DType::F16)? })
     }
 
     /// Advice to quantize and export, with what goes before or beside it already among its commands.
@@ -406,7 +452,9 @@ impl<'a> Bench<'a> {
         let (Some(least), Some(most)) = (own.iter().min_by(by_size), own.iter().max_by(by_size))
         else {
             return Err(match self.question.runtime {
-                Some(Target::CompressedTensors) | None => self.too_large(files, |_| false),
+                Some(Target::CompressedTensors) | None => {
+                    self.too_large(files, |_| false, &|file| file.size)
+                }
                 Some(_) => {
                     refuse("it counts the bytes of compressed-tensors, which was not asked for")
                 }
@@ -486,7 +534,9 @@ impl<'a> Bench<'a> {
         };
         let Some(file) = files.all.iter().find(rows) else {
             return Err(match self.question.runtime {
-                Some(Target::CompressedTensors) | None => self.too_large(files, |_| false),
+                Some(Target::CompressedTensors) | None => {
+                    self.too_large(files, |_| false, &|file| file.size)
+                }
                 Some(_) => refuse(
                     "only compressed-tensors has words for rounded activations, and it was not asked for",
                 ),
@@ -557,8 +607,7 @@ impl<'a> Bench<'a> {
         if !self.as_it_is.grids.is_empty() || self.model.artifact.tensors().iter().any(is_block) {
             all.extend(files::TARGETS.into_iter().filter(|to| asked(*to)).map(plain));
         }
-        let weights: u64 =
-            self.model.artifact.architecture().linears().map(|site| site.numel() as u64).sum();
+        let weights = self.weights();
         let (mut found, mut refusals) = (Vec::new(), Vec::<String>::new());
         for export in all {
             match self.forecast.foresee(&export, &self.as_it_is) {
@@ -651,7 +700,7 @@ impl<'a> Bench<'a> {
         let (next, way) = then.ok_or_else(|| refuse(none))?;
         let file = files
             .best(self.question.budget, |file| way.makes(file))
-            .ok_or_else(|| self.too_large(files, |file| way.makes(file)))?;
+            .ok_or_else(|| self.too_large(files, |file| way.makes(file), &|file| file.size))?;
         let planned = self.plan_method(entry, &one("pattern", pattern))?;
         let pruned = format!("{}-{}", self.stem, entry.info.name);
         let mut base = self.base(next, way, file, files, (&pruned, &pruned))?;
@@ -706,9 +755,11 @@ impl<'a> Bench<'a> {
         )))
     }
 
-    fn plan_training(&self, entry: &Entry) -> Judged<Planned> {
+    fn plan_training(&self, entry: &Entry, own: &Map<String, Value>) -> Judged<Planned> {
         let inputs = Inputs { data: self.question.data.1.clone(), ..self.inputs() };
-        self.plan_first(entry, &inputs, self.trainings()?, " even with one example per update")
+        let mut variants = self.trainings()?;
+        variants.iter_mut().for_each(|(parameters, _)| parameters.extend(own.clone()));
+        self.plan_first(entry, &inputs, variants, " even with one example per update")
     }
 
     /// The first base that the budgets pay, with so many bytes left for what stands beside it.
@@ -752,11 +803,8 @@ impl<'a> Bench<'a> {
             ));
         }
         let files = self.files()?;
-        let planned = self.plan_training(entry)?;
-        let part = |tensor: &crate::method::PlannedTensor| {
-            Some((tensor.name.clone(), tensor.shape.clone(), DType::parse(&tensor.dtype)?))
-        };
-        let adapter = file_bytes(planned.plan.tensors.iter().filter_map(part).collect(), None)?;
+        let planned = self.plan_training(entry, &Map::new())?;
+        let adapter = bytes_of(&planned.plan)?;
         let (mut base, name) = self.any_base(files, adapter, self.here())?;
         let out = format!("{}-{}", base.decoded, entry.info.name);
         let data = [("data", &*self.question.data.0)];
@@ -779,6 +827,85 @@ impl<'a> Bench<'a> {
         Ok(self.advised(entry, base, size, reasons))
     }
 
+    /// Thin factors in place of matrices, as many weights as the size pays for.
+    fn thinner(&self, entry: &'static Entry) -> Judged<Advised> {
+        let (question, source) = (self.question, &self.model.source);
+        if question.runtime.is_some_and(|only| only != Target::Safetensors) {
+            return Err(refuse(
+                "only refit reads thin factors (safetensors); --runtime asks for another format",
+            ));
+        }
+        if self.keeps_codes {
+            return Err(refuse(
+                "the size pays for the codes that the model has, and factors of them are no codes",
+            ));
+        }
+        let trains = Needs::of(entry.info.taxonomy.needs) == Needs::Training;
+        let mut smallest = None;
+        for ratio in RATIOS {
+            let own = one("ratio", ratio);
+            let planned = match trains {
+                true => self.plan_training(entry, &own)?,
+                false => self.plan_method(entry, &own)?,
+            };
+            let linears = |t: &&PlannedTensor| {
+                let site = self.model.artifact.architecture().site(&t.name);
+                site.is_none_or(|site| {
+                    self.model.artifact.architecture().linears().any(|l| l.name == site.name)
+                })
+            };
+            let tensors = &planned.plan.tensors;
+            let size = Size {
+                bytes: bytes_of(&planned.plan)?,
+                bpw: 8.0 * tensors.iter().filter(linears).map(|t| t.bytes).sum::<u64>() as f64
+                    / self.weights().max(1) as f64,
+            };
+            smallest = Some(size);
+            if !question.budget.pays(size) {
+                continue;
+            }
+            let out = format!("{}-{}", self.stem, entry.info.name);
+            let data = [("data", &*question.data.0)];
+            let data = if trains { &data[..] } else { &[] };
+            let command = routes::apply(entry.info.name, source, &planned.parameters, data, &out);
+            let mut reasons = vec![format!(
+                "pairs of thin matrices with one {ratio}th of the weights, which refit runs as they are"
+            )];
+            reasons.push(match trains {
+                true => format!("trains them on {} tokens towards the original", planned.tokens),
+                false => "needs no data".to_owned(),
+            });
+            let warning = "weights of language models are close to full rank: expect to train afterwards, or quantize instead";
+            return Ok(Advised {
+                method: entry.info.name,
+                needs: Needs::of(entry.info.taxonomy.needs),
+                runtime: Target::Safetensors,
+                bytes: size.bytes,
+                bits_per_weight: size.bpw,
+                rounding_error: None,
+                cost: self.cost_of(entry, &planned),
+                exact: false,
+                reasons,
+                warnings: [vec![warning.to_owned()], planned.plan.warnings].concat(),
+                commands: vec![command],
+            });
+        }
+        Err(match smallest {
+            Some(least) => refuse(format!(
+                "with one {}th of the weights it takes {}, more than {}",
+                RATIOS[RATIOS.len() - 1],
+                question.budget.words_of(least),
+                question.budget.in_words()
+            )),
+            None => refuse("it says no size"),
+        })
+    }
+
+    /// Weights of all matrices.
+    fn weights(&self) -> u64 {
+        self.model.artifact.architecture().linears().map(|site| site.numel() as u64).sum()
+    }
+
     /// Training that changes the weights themselves, before they are quantized.
     fn specialist(&self, entry: &'static Entry) -> Judged<Advised> {
         if self.question.keep == Keep::General {
@@ -795,7 +922,7 @@ impl<'a> Bench<'a> {
             )));
         }
         let files = self.files()?;
-        let planned = self.plan_training(entry)?;
+        let planned = self.plan_training(entry, &Map::new())?;
         let trained = format!("{}-{}", self.stem, entry.info.name);
         let (mut base, name) = self.any_base(files, 0, (&trained, &trained))?;
         let data = [("data", &*self.question.data.0)];
@@ -811,6 +938,14 @@ impl<'a> Bench<'a> {
         );
         Ok(self.advised(entry, base, size, vec![reason]))
     }
+}
+
+/// Bytes of the safetensors files that a plan writes.
+fn bytes_of(plan: &Plan) -> Result<u64> {
+    let part = |tensor: &PlannedTensor| {
+        Some((tensor.name.clone(), tensor.shape.clone(), DType::parse(&tensor.dtype)?))
+    };
+    file_bytes(plan.tensors.iter().filter_map(part).collect(), None)
 }
 
 /// What two steps cost.

@@ -10,7 +10,6 @@ use super::routes;
 use super::{Advised, Keep, Needs, Question};
 use crate::inputs::ModelInput;
 use crate::quantize::export::Target;
-use crate::registry;
 
 /// In which order methods are put together.
 pub const ORDER: &[&str] = &["prune or factorize", "recover", "quantize", "compensate", "export"];
@@ -19,6 +18,7 @@ pub const ORDER: &[&str] = &["prune or factorize", "recover", "quantize", "compe
 const PREFERENCE: &[&str] = &[
     "fit",
     "gptq",
+    "lorc",
     "awq",
     "hqq",
     "finequant",
@@ -104,10 +104,7 @@ pub fn notes(facts: &Facts, question: &Question, advised: &[Advised]) -> Vec<Str
         );
     }
     if any(&|a| a.rounding_error.is_some()) {
-        notes.push(match registry::get("lorc") {
-            Ok(_) => "recalled: low-rank compensation (lorc) adds to any of these".into(),
-            Err(_) => "recalled: low-rank compensation (LoRC) adds to any of these; refit does not have it yet".into(),
-        });
+        notes.push("recalled: low-rank compensation (lorc) adds to any quantizer".into());
     }
     if question.keep == Keep::General {
         notes.push(

@@ -15,6 +15,8 @@ pub enum Way {
     Uniform(Zero),
     /// Bits, and a mean that groups of several sizes keep to.
     Mean(Zero),
+    /// One grid for all matrices, and a product of low rank beside each.
+    Compensated(Zero),
     /// A size; the method finds the grids.
     Sized,
     /// 8 bits per row, and as many for activations; parameters of both.
@@ -69,6 +71,7 @@ impl Way {
             )),
             _ if has("target") && has("bpw") => Some(Self::Sized),
             _ if has("bits") && has("target_bpw") => Some(Self::Mean(zero)),
+            _ if has("bits") && has("group") && has("rank") => Some(Self::Compensated(zero)),
             _ if has("bits") && has("group") => Some(Self::Uniform(zero)),
             _ => None,
         }
@@ -77,7 +80,7 @@ impl Way {
     /// Whether the method can make a file.
     pub fn makes(self, file: &File) -> bool {
         let zero = match self {
-            Self::Uniform(zero) => zero,
+            Self::Uniform(zero) | Self::Compensated(zero) => zero,
             // One group size for a model undoes what several were chosen for.
             Self::Mean(_) if file.export.to == Target::Gptq => return false,
             Self::Mean(zero) => zero,
@@ -99,7 +102,7 @@ impl Way {
                 set("target_bpw", json!(files.counted_bits(file.uniform)?));
                 Some(zero)
             }
-            Self::Uniform(zero) => {
+            Self::Uniform(zero) | Self::Compensated(zero) => {
                 set("group", json!(file.uniform.group));
                 Some(zero)
             }
@@ -142,6 +145,7 @@ mod tests {
         assert_eq!(way("hqq"), Some(Way::Uniform(Zero::Always)));
         assert_eq!(way("finequant"), Some(Way::Mean(Zero::Asked)));
         assert_eq!(way("fit"), Some(Way::Sized));
+        assert_eq!(way("lorc"), Some(Way::Compensated(Zero::Asked)));
         assert_eq!(way("lora"), None);
     }
 }

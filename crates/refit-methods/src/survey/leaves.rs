@@ -33,8 +33,8 @@ pub const FAMILIES: &[&str] = &[
     "quantization",
     "pruning",
     "distillation",
-    "compact architecture",
-    "dynamic networks",
+    "compact-architecture",
+    "dynamic-networks",
     "acceleration",
 ];
 
@@ -69,23 +69,29 @@ pub const LEAVES: &[Leaf] = &[
     },
     leaf(&["pruning", "structured"], "heads, channels or blocks go"),
     leaf(&["pruning", "recovery data"], "which data a pruned model recovers on"),
-    leaf(&["distillation", "white-box"], "learning from a teacher's logits or features"),
+    Leaf {
+        gap: Some(
+            "no method that only distils: those that learn from a teacher's logits or features factorize or prune before, and \
+             stand there (pela, minitron)",
+        ),
+        ..leaf(&["distillation", "white-box"], "learning from a teacher's logits or features")
+    },
     leaf(&["distillation", "black-box"], "learning from what a teacher writes"),
     leaf(
-        &["compact architecture", "attention"],
+        &["compact-architecture", "attention"],
         "attention that costs less than the square of the length",
     ),
-    leaf(&["compact architecture", "low-rank"], "shared parameters and products of thin matrices"),
-    leaf(&["compact architecture", "search"], "one training for networks of many sizes"),
-    leaf(&["dynamic networks", "mixture of experts"], "experts made, routed to and served"),
-    leaf(&["dynamic networks", "early exit"], "fewer layers for easy tokens"),
-    leaf(&["dynamic networks", "token reduction"], "fewer tokens"),
+    leaf(&["compact-architecture", "low-rank"], "shared parameters and products of thin matrices"),
+    leaf(&["compact-architecture", "search"], "one training for networks of many sizes"),
+    leaf(&["dynamic-networks", "mixture of experts"], "experts made, routed to and served"),
+    leaf(&["dynamic-networks", "early exit"], "fewer layers for easy tokens"),
+    leaf(&["dynamic-networks", "token reduction"], "fewer tokens"),
     Leaf {
         gap: Some(
             "no method of its own: weight-only quantizers take the matrices of experts like any others, and none knows how \
              often an expert is used",
         ),
-        ..leaf(&["dynamic networks", "compressed experts"], "quantizing or pruning by expert")
+        ..leaf(&["dynamic-networks", "compressed experts"], "quantizing or pruning by expert")
     },
     leaf(&["acceleration", "formats"], "files for the engines that serve models"),
     leaf(

@@ -23,8 +23,8 @@ const WEIGHT_ONLY: &[&str] = &["quantization", "post-training", "weight-only"];
 const WITH_ACTIVATIONS: &[&str] = &["quantization", "post-training", "weights and activations"];
 const UNSTRUCTURED: &[&str] = &["pruning", "unstructured"];
 const STRUCTURED: &[&str] = &["pruning", "structured"];
-const ATTENTION: &[&str] = &["compact architecture", "attention"];
-const SEARCH: &[&str] = &["compact architecture", "search"];
+const ATTENTION: &[&str] = &["compact-architecture", "attention"];
+const SEARCH: &[&str] = &["compact-architecture", "search"];
 const MERGING: &[&str] = &["reuse", "merging"];
 const CONTINUAL: &[&str] = &["reuse", "continual learning"];
 const UNLEARNING: &[&str] = &["reuse", "unlearning"];
@@ -50,21 +50,21 @@ pub const SCOPE: &[ScopePaper] = &[
     paper("minitron", STRUCTURED),
     paper("optin", STRUCTURED),
     paper("paser", &["pruning", "recovery data"]),
-    paper("pela", &["distillation", "white-box"]),
+    paper("pela", &["compact-architecture", "low-rank"]),
     paper("trans-lora", &["distillation", "black-box"]),
     paper("wrap", &["distillation", "black-box"]),
     paper("liger", ATTENTION),
     paper("s4", ATTENTION),
     paper("lssar", ATTENTION),
-    paper("sltrain", &["compact architecture", "low-rank"]),
+    paper("sltrain", &["compact-architecture", "low-rank"]),
     paper("bignas", SEARCH),
     paper("sortednet", SEARCH),
     paper("todm", SEARCH),
     paper("sn-net", SEARCH),
     paper("emov2", SEARCH),
-    paper("read-me", &["dynamic networks", "mixture of experts"]),
-    paper("m2r2", &["dynamic networks", "early exit"]),
-    paper("pyra", &["dynamic networks", "token reduction"]),
+    paper("read-me", &["dynamic-networks", "mixture of experts"]),
+    paper("m2r2", &["dynamic-networks", "early exit"]),
+    paper("pyra", &["dynamic-networks", "token reduction"]),
     paper("ladder-residual", &["acceleration", "communication"]),
     // The axis of reuse.
     paper("compeft", &["reuse", "update compression"]),
