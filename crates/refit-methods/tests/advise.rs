@@ -294,11 +294,14 @@ fn a_large_model_is_not_trained_whole_and_zeros_are_advised_where_they_are_asked
     assert!(wanda.commands[1].starts_with("refit apply rtn tiny-wanda "), "{wanda:?}");
 }
 
-/// Bytes of the weight file in a directory.
+/// Bytes of the weight file in a directory, and of the adapter that goes with it.
 fn weights(dir: &Path) -> u64 {
-    let file = ["model.safetensors", "model.gguf"].map(|name| dir.join(name));
-    let file: Vec<&PathBuf> = file.iter().filter(|path| path.exists()).collect();
-    std::fs::metadata(file[0]).unwrap().len()
+    let names =
+        ["model.safetensors", "model.gguf", "lorc/adapter_model.safetensors", "lorc/lora.gguf"];
+    let files: Vec<PathBuf> = names.map(|name| dir.join(name)).into();
+    let there: Vec<&PathBuf> = files.iter().filter(|path| path.exists()).collect();
+    assert!(!there.is_empty(), "{}", dir.display());
+    there.iter().map(|path| std::fs::metadata(path).unwrap().len()).sum()
 }
 
 #[test]
@@ -315,7 +318,7 @@ fn sizes_are_those_of_the_files() {
                 ..bytes(target)
             };
             let Ok(advice) = advise(&model, &question) else { continue };
-            for method in ["rtn", "export", "magnitude"] {
+            for method in ["rtn", "export", "magnitude", "lorc", "svd"] {
                 let Some(advised) = advice.advised.iter().find(|a| a.method == method) else {
                     continue;
                 };
