@@ -18,11 +18,11 @@ pub const ORDER: &[&str] = &["prune or factorize", "recover", "quantize", "compe
 const PREFERENCE: &[&str] = &[
     "fit",
     "gptq",
-    "lorc",
     "awq",
     "hqq",
     "finequant",
     "rtn",
+    "lorc",
     "export",
     "smoothquant",
     "repquant",
