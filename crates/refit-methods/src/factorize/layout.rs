@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
 use refit_nn::Decoder;
-use refit_store::SideFile;
 use refit_store::architecture::{Layout, Site};
-use refit_store::formats::factored::LOW_RANK;
+use refit_store::formats::factored::{Factors, LOW_RANK};
+use refit_store::{DType, SideFile};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};

@@ -102,20 +102,19 @@ fn run(cx: &mut ClaimContext) -> Result<(), BoxError> {
             let seconds = started.elapsed().as_secs_f64() / tuning as f64;
             Ok((accuracy(&tuned, &coarse_test)?, seconds))
         };
-        let mut record =
-            |cx: &mut ClaimContext,
-             arm: &str,
-             make: &dyn Fn() -> Result<VisionTransformer, BoxError>| {
-                cx.arm(arm, seed, |trial| {
-                    let model = make()?;
-                    trial.record(ACCURACY, accuracy(&model, &test)?);
-                    trial.record("parameters", parameters(&model) as f64);
-                    let (found, seconds) = tune(&model)?;
-                    trial.record(COARSE, found);
-                    trial.record("seconds per update of tuning", seconds);
-                    Ok(())
-                })
-            };
+        let record = |cx: &mut ClaimContext,
+                      arm: &str,
+                      make: &dyn Fn() -> Result<VisionTransformer, BoxError>| {
+            cx.arm(arm, seed, |trial| {
+                let model = make()?;
+                trial.record(ACCURACY, accuracy(&model, &test)?);
+                trial.record("parameters", parameters(&model) as f64);
+                let (found, seconds) = tune(&model)?;
+                trial.record(COARSE, found);
+                trial.record("seconds per update of tuning", seconds);
+                Ok(())
+            })
+        };
         record(cx, "teacher", &|| Ok(teacher.clone()))?;
         // A third of the weights is shown for one seed.
         let ratios: &[f64] = if seed == 0 { &[2.0, 3.0] } else { &[2.0] };
