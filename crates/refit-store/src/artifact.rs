@@ -336,6 +336,19 @@ impl Artifact {
         &self.infos
     }
 
+    /// Element type and number of elements of every tensor, factors that a matrix is stored in apart.
+    pub fn stored_elements(&self) -> Vec<(DType, u64)> {
+        let mut all = Vec::with_capacity(self.entries.len());
+        let mut add = |info: &TensorInfo| all.push((info.dtype, info.numel() as u64));
+        for entry in &self.entries {
+            match &entry.view {
+                View::Factored(parts) => parts.parts().for_each(|part| add(&part.info)),
+                _ => add(&entry.info),
+            }
+        }
+        all
+    }
+
     /// One tensor; the error suggests the nearest names.
     pub fn tensor(&self, name: &str) -> Result<&TensorInfo> {
         self.entry(name).map(|entry| &entry.info)

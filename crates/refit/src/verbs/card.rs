@@ -46,7 +46,8 @@ pub fn run(app: &App, args: Args) -> Result<Outcome> {
     if let Some(older) = &older {
         card.merge_human(older);
     }
-    let census = artifact.tensors().iter().map(|t| (t.dtype.to_string(), t.numel() as u64));
+    let census = artifact.stored_elements().into_iter();
+    let census = census.map(|(dtype, count)| (dtype.to_string(), count));
     let base = card.architecture.clone();
     card.take_weights(artifact.architecture(), artifact.format(), census);
     if Adapter::is_adapter(&dir) && matches!(base, Fact::Known(_)) {
