@@ -330,11 +330,11 @@ impl<'s> Matcher<'s> {
             return;
         }
         let stored = |other: &String| self.stored.contains_key(format!("{other}.weight").as_str());
-        if entry.beside.as_ref().is_some_and(|other| !stored(other))
-            || entry.unless.as_ref().is_some_and(stored)
-        {
+        let alone = |other: &String| !stored(other) && !self.stores_part_of(name);
+        if entry.beside.as_ref().is_some_and(alone) || entry.unless.as_ref().is_some_and(stored) {
             return;
         }
+        let optional = entry.optional && !self.is_half_of_a_pair(name);
         let module = format!("{}{}", place.at, self.fill(name, loops));
         let weight = if entry.raw { module.clone() } else { format!("{module}.weight") };
         let tied_to = entry.tie.as_ref().map(|target| format!("{}{target}.weight", self.prefix));
@@ -364,7 +364,7 @@ impl<'s> Matcher<'s> {
                 ]
             })
             .collect();
-        self.expect(site.clone(), &entry.shape, loops, norms, entry.optional, tied_to);
+        self.expect(site.clone(), &entry.shape, loops, norms, optional, tied_to);
         let aside =
             Site { layout: Default::default(), fused: Vec::new(), interleaved: false, ..site };
         // A bias and the running statistics have one value per output.
@@ -374,7 +374,7 @@ impl<'s> Matcher<'s> {
         }
         .map_or(&[][..], std::slice::from_ref);
         if let Some(bias) = &entry.bias {
-            let maybe = bias.0 == "maybe" || entry.optional;
+            let maybe = bias.0 == "maybe" || optional;
             if maybe || self.holds(bias, loops) {
                 let bias =
                     Site { name: format!("{module}.bias"), role: Role::Bias, ..aside.clone() };
@@ -388,7 +388,7 @@ impl<'s> Matcher<'s> {
                     role: Role::Stat,
                     ..aside.clone()
                 };
-                self.expect(site, outputs, loops, Vec::new(), entry.optional, None);
+                self.expect(site, outputs, loops, Vec::new(), optional, None);
             }
             let counter = format!("{module}.num_batches_tracked");
             if self.stored.contains_key(counter.as_str()) {
@@ -402,6 +402,19 @@ impl<'s> Matcher<'s> {
                 );
             }
         }
+    }
+
+    /// Whether a weight or a bias of a module outside the trunk is stored.
+    fn stores_part_of(&self, module: &str) -> bool {
+        ["weight", "bias"].iter().any(|end| self.stored.contains_key(&*format!("{module}.{end}")))
+    }
+
+    /// Whether a module stands beside this one of which something is stored, so that this one is not left out but lost.
+    fn is_half_of_a_pair(&self, name: &str) -> bool {
+        let outside = self.schema.outside.iter();
+        outside
+            .filter(|(_, entry)| entry.beside.as_deref() == Some(name))
+            .any(|(partner, _)| self.stores_part_of(partner))
     }
 
     /// Checks one expected tensor against what is stored.

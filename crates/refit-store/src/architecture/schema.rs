@@ -101,7 +101,7 @@ pub(super) struct Entry {
     /// Exists only where this holds.
     #[serde(default)]
     pub when: Option<Expr>,
-    /// Exists only where this module's weight is stored.
+    /// Exists only where this module is stored, which then may not be absent: parts of one head.
     #[serde(default)]
     pub beside: Option<String>,
     /// Exists only where this module's weight is not stored: a head that another one takes the place of.
