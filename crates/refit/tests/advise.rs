@@ -68,6 +68,23 @@ fn commands_run_as_they_are_printed_and_keep_the_size() {
     place.run(&[&first[..], &["--max-tokens", "64", "--window", "64"]].concat()).code(0);
 }
 
+/// What is measured is what the commands made, with what stands beside it.
+#[test]
+fn results_in_two_parts_are_measured_together() {
+    let place = Place::new();
+    for (method, part) in [("lorc", "tiny-lorc --reference"), ("ia3", "--adapter tiny-gptq-ia3")] {
+        let ask = ["advise", "builtin:tiny", "--target", "2200kB", "--method", method, "--json"];
+        let advice = place.run(&ask).json();
+        let one = &advice["advised"][0];
+        assert_eq!(one["method"], method, "{advice}");
+        commands(one).iter().for_each(|command| drop(place.run(command).code(0)));
+        let measure = advice["evaluate"][0].as_str().unwrap();
+        assert!(measure.contains(part), "{measure}");
+        let words: Vec<&str> = measure.split(' ').skip(1).collect();
+        place.run(&[&words[..], &["--max-tokens", "64", "--window", "64"]].concat()).code(0);
+    }
+}
+
 #[test]
 fn refusals_name_the_need_and_the_smallest_size() {
     let place = Place::new();

@@ -81,6 +81,16 @@ fn the_pages_of_methods_are_those_of_the_registry() {
 }
 
 #[test]
+fn the_readme_names_every_method() {
+    let readme = std::fs::read_to_string(book().join("../../README.md")).unwrap();
+    let listed = Place::new().run(&["methods", "--json"]).json();
+    for method in listed["methods"].as_array().unwrap() {
+        let name = method["name"].as_str().unwrap();
+        assert!(readme.contains(&format!("`{name}`")), "{name} is not in README's table");
+    }
+}
+
+#[test]
 fn the_map_holds_and_its_page_is_that_of_the_registry() {
     let place = Place::new();
     place.run(&["map", "--check"]).code(0);

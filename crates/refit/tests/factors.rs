@@ -280,6 +280,22 @@ fn a_short_training_towards_the_teacher_repairs_the_pairs() {
 }
 
 #[test]
+fn what_does_not_train_is_kept_to_the_byte() {
+    let place = Place::new();
+    place.run(&["apply", "svd", "builtin:tiny", "--dtype", "f32", "-o", "svd"]).code(0);
+    let tune =
+        ["apply", "fine-tune", "svd", "--train", "*layernorm*", "--steps", "2", "-o", "tuned"];
+    place.run(&[&tune[..], &LESSON].concat()).code(0);
+    let [before, after] = ["svd", "tuned"].map(|model| Artifact::open(place.path(model)).unwrap());
+    for site in before.architecture().linears() {
+        let [old, new] = [&before, &after].map(|model| model.factors(&site.name).unwrap().unwrap());
+        assert!(old == new, "{}", site.name);
+    }
+    let norm = "model.layers.0.input_layernorm.weight";
+    assert_ne!(before.read_f32(norm).unwrap(), after.read_f32(norm).unwrap());
+}
+
+#[test]
 fn losses_that_are_all_off_are_refused() {
     let place = Place::new();
     let apply = ["apply", "pela", "builtin:tiny", "-o", "no"];

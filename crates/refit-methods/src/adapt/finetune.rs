@@ -140,7 +140,7 @@ pub(super) fn model_plan<M: Method>(
             false => Action::Copy,
         };
     }
-    layout::keep_pairs(&mut plan, model)?;
+    layout::keep_pairs(&mut plan, model);
     let trained = parameters
         .iter()
         .filter(|p| trains.contains(p.name.as_str()))

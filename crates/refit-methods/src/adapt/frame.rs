@@ -486,7 +486,7 @@ impl Trained {
         let emitter = match pairs.is_empty() {
             true => Emitter::begin(inputs, plan, cx)?,
             false => {
-                Emitter::begin_with(inputs, plan, cx, layout::side_files_of(model, plan, &pairs)?)?
+                Emitter::begin_with(inputs, plan, cx, layout::side_files(model, plan, &pairs)?)?
             }
         };
         let values = named_values(&self.model);
@@ -494,7 +494,8 @@ impl Trained {
         let architecture = model.artifact.architecture();
         cx.progress.begin("writing", plan.tensors.len() as u64, Unit::Tensors);
         for tensor in &plan.tensors {
-            if tensor.action == Action::Copy {
+            // Factors and their biases have other names in the source, or none.
+            if tensor.action == Action::Copy && !names.contains_key(&tensor.name) {
                 if !emitter.is_done(&tensor.name) {
                     copy(&model.artifact, &model.source, &emitter, tensor)?;
                 }

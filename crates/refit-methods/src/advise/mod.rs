@@ -262,6 +262,9 @@ pub struct Advised {
     pub warnings: Vec<String>,
     /// Commands, in order.
     pub commands: Vec<String>,
+    /// What `refit eval` measures: a model that the commands write, and what is to be put on it.
+    #[serde(skip)]
+    pub result: Vec<String>,
 }
 
 /// What a method costs.

@@ -41,10 +41,7 @@ pub fn rank(advised: &Advised) -> (Needs, bool, usize, &'static str) {
 
 /// Commands that measure the first result.
 pub fn evaluate(model: &ModelInput, question: &Question, advised: &[Advised]) -> Vec<String> {
-    let Some(last) = advised.first().and_then(|first| first.commands.last()) else {
-        return Vec::new();
-    };
-    let out = last.rsplit(" -o ").next().unwrap_or_default();
+    let Some(first) = advised.first() else { return Vec::new() };
     if model.artifact.architecture().kind != Kind::Decoder {
         return Vec::new();
     }
@@ -52,7 +49,7 @@ pub fn evaluate(model: &ModelInput, question: &Question, advised: &[Advised]) ->
         Keep::General => DOMAINS.to_vec(),
         Keep::Task => vec!["TASK.txt"],
     };
-    texts.into_iter().map(|text| routes::eval(out, &model.source, text)).collect()
+    texts.into_iter().map(|text| routes::eval(&first.result, &model.source, text)).collect()
 }
 
 /// What else is worth knowing.

@@ -60,9 +60,10 @@ pub fn export(model: &str, export: &Export, out: &str) -> String {
     line(&words)
 }
 
-/// A command that measures perplexity, and the distance to the original.
-pub fn eval(model: &str, reference: &str, text: &str) -> String {
-    line(&["refit", "eval", model, "--reference", reference, "--text", text].map(str::to_owned))
+/// A command that measures perplexity, and the distance to the original; `result` is a model and flags that belong to it.
+pub fn eval(result: &[String], reference: &str, text: &str) -> String {
+    let against = ["--reference", reference, "--text", text].map(str::to_owned);
+    line(&[&["refit".to_owned(), "eval".to_owned()], result, &against].concat())
 }
 
 fn line(words: &[String]) -> String {

@@ -1,4 +1,4 @@
-//! Which linears become pairs, at which rank, and how pairs are declared and written.
+//! How pairs are declared, written, found again and put into a running model.
 //!
 //! A linear `X` is written as `X.0.weight` `[r, in]` and `X.1.weight` `[out, r]`, its bias as `X.1.bias`: what
 //! `Sequential(Linear(in, r, bias=False), Linear(r, out))` of PyTorch would save. The configuration gets a key `low_rank` that names
@@ -6,179 +6,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use clap::Args;
 use refit_nn::Decoder;
 use refit_store::architecture::{Layout, Site};
 use refit_store::formats::factored::{Factors, LOW_RANK};
 use refit_store::{DType, SideFile};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::emit::{Emitter, serialize};
 use crate::error::{Error, Result};
+use crate::factorize::ranks::Pair;
 use crate::inputs::ModelInput;
 use crate::method::{Action, Method, Plan, PlannedTensor};
 use crate::rewrite::{self, OutputType, shape_of};
-
-/// Linears with fewer outputs stay as they are, as in PELA's code.
-const FEWEST_OUTPUTS: usize = 10;
-
-/// How thin the pairs are.
-#[derive(Args, Clone, Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(default)]
-pub struct Thinness {
-    /// A replaced linear has one over this of its weights: the rank is `floor(in out / (ratio (in + out)))`.
-    #[arg(long, default_value_t = 2.0)]
-    pub ratio: f64,
-    /// Instead: the smallest rank that keeps this share of a matrix's squared singular values; matrices for which that saves
-    /// nothing stay whole.
-    #[arg(long, value_name = "SHARE")]
-    pub energy: Option<f64>,
-    /// Linears that stay whole: parts of their names.
-    #[arg(long, value_delimiter = ',', value_name = "PART,...")]
-    pub omit: Vec<String>,
-}
-
-crate::paper_defaults!(Thinness);
-
-/// A linear that becomes a pair.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Pair<'a> {
-    /// The linear.
-    pub site: &'a Site,
-    /// Outputs.
-    pub out: usize,
-    /// Inputs.
-    pub inputs: usize,
-    /// Inner dimension.
-    pub rank: usize,
-}
-
-impl Pair<'_> {
-    /// Weights of the pair.
-    pub fn weights(&self) -> usize {
-        self.rank * (self.out + self.inputs)
-    }
-
-    /// Name of the linear.
-    pub fn module(&self) -> &str {
-        module(self.site)
-    }
-
-    fn names(&self) -> [String; 2] {
-        [format!("{}.0.weight", self.module()), format!("{}.1.weight", self.module())]
-    }
-
-    /// Rows and columns of the matrix as it is stored.
-    fn stored(&self) -> (usize, usize) {
-        (self.site.shape[0], self.site.shape[1])
-    }
-}
-
-/// The tensor's name without `.weight`.
-fn module(site: &Site) -> &str {
-    site.name.strip_suffix(".weight").unwrap_or(&site.name)
-}
-
-impl Thinness {
-    /// Checks the numbers.
-    ///
-    /// # Errors
-    /// [`Error::Range`].
-    pub fn check(&self, method: &'static str) -> Result<()> {
-        if !(self.ratio.is_finite() && self.ratio > 0.0) {
-            return Err(Error::range(
-                method,
-                "ratio",
-                self.ratio,
-                "a number above 0; 2 halves a linear",
-            ));
-        }
-        match self.energy {
-            Some(share) if !(share > 0.0 && share <= 1.0) => {
-                Err(Error::range(method, "energy", share, "a share above 0 and at most 1"))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The linears that may become pairs.
-    ///
-    /// # Errors
-    /// A model without any; a part of a name that none has.
-    pub fn candidates<'a>(&self, model: &'a ModelInput) -> Result<Vec<&'a Site>> {
-        let all = rewrite::linears(model)?;
-        for part in &self.omit {
-            if !all.iter().any(|site| module(site).contains(part.as_str())) {
-                return Err(Error::NothingToDo {
-                    model: model.source.clone(),
-                    what: "linear layer whose name has the part that --omit names",
-                    advice: format!("`{part}` is in none; `refit inspect --tensors` lists them"),
-                });
-            }
-        }
-        let whole = |site: &&Site| {
-            shape_of(site).0 < FEWEST_OUTPUTS
-                || self.omit.iter().any(|part| module(site).contains(part.as_str()))
-        };
-        Ok(all.into_iter().filter(|site| !whole(site)).collect())
-    }
-
-    /// The pairs, by name. `spectrum` gives a matrix's singular values, in descending order, where ranks follow from them.
-    ///
-    /// # Errors
-    /// As [`candidates`](Self::candidates), a ratio that leaves a matrix no rank, and whatever `spectrum` meets.
-    pub fn pairs<'a>(
-        &self,
-        method: &'static str,
-        model: &'a ModelInput,
-        mut spectrum: impl FnMut(&[&'a Site]) -> Result<Vec<Vec<f32>>>,
-    ) -> Result<Vec<Pair<'a>>> {
-        let sites = self.candidates(model)?;
-        let spectra = match self.energy {
-            Some(_) => spectrum(&sites)?,
-            None => vec![Vec::new(); sites.len()],
-        };
-        let mut pairs = Vec::new();
-        for (site, values) in sites.iter().zip(&spectra) {
-            let (out, inputs) = shape_of(site);
-            let (full, most) = (out.min(inputs), (out * inputs) as f64 / (out + inputs) as f64);
-            let rank = match self.energy {
-                Some(share) => kept(values, share),
-                None => (most / self.ratio).floor() as usize,
-            };
-            if rank == 0 {
-                return Err(Error::range(
-                    method,
-                    "ratio",
-                    self.ratio,
-                    format!(
-                        "`{}` is [{out}, {inputs}] and keeps no rank; at most {most:.1} here",
-                        site.name
-                    ),
-                ));
-            }
-            // A pair of full rank is larger than what it replaces, and a share that needs it is not low rank.
-            let saves = rank * (out + inputs) < out * inputs;
-            if rank < full && (saves || self.energy.is_none()) {
-                pairs.push(Pair { site, out, inputs, rank });
-            }
-        }
-        Ok(pairs)
-    }
-}
-
-/// The smallest rank that keeps `share` of the squares.
-fn kept(values: &[f32], share: f64) -> usize {
-    let squares = || values.iter().map(|s| f64::from(*s).powi(2));
-    let (total, mut sum) = (squares().sum::<f64>(), 0.0);
-    let least = squares().position(|square| {
-        sum += square;
-        sum >= share * total
-    });
-    least.map_or(values.len(), |at| at + 1).max(1)
-}
 
 /// The plan of a method that writes these pairs.
 ///
@@ -285,12 +124,8 @@ pub fn declared<'a>(model: &'a ModelInput, plan: &Plan) -> Vec<Pair<'a>> {
 }
 
 /// Declares a model's matrices as the pairs that they are stored in, where they are.
-///
-/// # Errors
-/// A model whose quantized matrices have products beside them: training would have to leave the codes.
-pub fn keep_pairs(plan: &mut Plan, model: &ModelInput) -> Result<()> {
-    let pairs = stored(model);
-    for pair in &pairs {
+pub fn keep_pairs(plan: &mut Plan, model: &ModelInput) {
+    for pair in &stored(model) {
         let at = plan.tensors.iter().position(|tensor| tensor.name == pair.site.name);
         let Some(at) = at else { continue };
         let whole = plan.tensors.remove(at);
@@ -307,7 +142,6 @@ pub fn keep_pairs(plan: &mut Plan, model: &ModelInput) -> Result<()> {
     }
     plan.tensors.sort_by(|a, b| a.name.cmp(&b.name));
     plan.output_bytes = plan.tensors.iter().map(|tensor| tensor.bytes).sum();
-    Ok(())
 }
 
 /// The running model's parameter behind every tensor of a pair.
@@ -367,47 +201,20 @@ pub fn install_stored(decoder: &mut Decoder, model: &ModelInput) -> Result<()> {
     Ok(())
 }
 
-/// The model's side files, with a configuration that names the pairs.
+/// The model's side files, with a configuration that names the pairs: beside what it said of them before, or the plan's own
+/// parameters.
 ///
 /// # Errors
 /// A configuration that cannot be read.
-pub fn side_files(
-    model: &ModelInput,
-    method: &str,
-    thinness: &Thinness,
-    pairs: &[Pair],
-) -> Result<Vec<SideFile>> {
-    configured(
-        model,
-        json!({
-            "method": method,
-            "ratio": thinness.energy.is_none().then_some(thinness.ratio),
-            "energy": thinness.energy,
-            "omit": thinness.omit,
-            "sites": ranks(pairs),
-        }),
-    )
-}
-
-/// [`side_files`] of a plan of any method: what the model's configuration said of its pairs, or the plan's own parameters.
-///
-/// # Errors
-/// As [`side_files`].
-pub fn side_files_of(model: &ModelInput, plan: &Plan, pairs: &[Pair]) -> Result<Vec<SideFile>> {
+pub fn side_files(model: &ModelInput, plan: &Plan, pairs: &[Pair]) -> Result<Vec<SideFile>> {
     let mut said = model.artifact.config().raw().get(LOW_RANK).cloned().unwrap_or_else(|| {
         let of = |key: &str| plan.parameters.get(key).cloned().unwrap_or(Value::Null);
-        json!({ "method": plan.method, "ratio": of("ratio"), "energy": of("energy"), "omit": of("omit") })
+        let ratio = if of("energy").is_null() { of("ratio") } else { Value::Null };
+        json!({ "method": plan.method, "ratio": ratio, "energy": of("energy"), "omit": of("omit") })
     });
-    said["sites"] = json!(ranks(pairs));
-    configured(model, said)
-}
-
-fn ranks<'p>(pairs: &'p [Pair<'_>]) -> BTreeMap<&'p str, usize> {
-    pairs.iter().map(|pair| (pair.module(), pair.rank)).collect()
-}
-
-/// The side files with `said` under [`LOW_RANK`].
-fn configured(model: &ModelInput, said: Value) -> Result<Vec<SideFile>> {
+    let ranks: BTreeMap<&str, usize> =
+        pairs.iter().map(|pair| (pair.module(), pair.rank)).collect();
+    said["sites"] = json!(ranks);
     let mut files = model.artifact.side_files().to_vec();
     let mut config: Value = match files.iter().position(|file| file.name == "config.json") {
         Some(at) => {
@@ -481,19 +288,5 @@ pub fn refuse_factored(method: &'static str, model: &ModelInput) -> Result<()> {
                 model.source, model.source
             ),
         }),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranks_that_keep_a_share_are_the_smallest() {
-        let values = [3.0, 2.0, 1.0, 0.0];
-        assert_eq!(kept(&values, 9.0 / 14.0), 1);
-        assert_eq!(kept(&values, 0.65), 2);
-        assert_eq!(kept(&values, 1.0), 3);
-        assert_eq!(kept(&[0.0, 0.0], 0.9), 1);
     }
 }

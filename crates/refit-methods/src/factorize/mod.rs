@@ -1,10 +1,11 @@
 //! Thin factors instead of full matrices.
 //!
-//! Every linear `[out, in]` becomes a pair `[out, r] · [r, in]` with fewer weights in all. [`layout`] chooses the ranks, declares
-//! the pairs in the layout that PELA's code uses and writes them; the methods say where the factors come from.
+//! Every linear `[out, in]` becomes a pair `[out, r] · [r, in]` with fewer weights in all. [`ranks`] chooses
+//! the ranks, [`layout`] declares the pairs as PELA's code lays them out and writes them; the methods say where the factors come from.
 
 pub mod layout;
 pub mod pela;
+pub mod ranks;
 pub mod svd;
 
 use crate::registry::Entry;

@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 
 use crate::emit::Emitter;
 use crate::error::{Error, Result};
-use crate::factorize::layout::{self, Pair, Thinness};
+use crate::factorize::layout;
+use crate::factorize::ranks::{Pair, Thinness};
 use crate::method::{
     Context, Effort, Family, Info, InputSpec, Inputs, Method, Output, OutputKind, Paper, Plan,
     Taxonomy, Touches, Unit,
@@ -91,6 +92,8 @@ pub fn factors(inputs: &Inputs, pair: &Pair, seed: u64) -> Result<(Vec<f32>, Vec
 pub fn report(pairs: &[Pair], lost: &[f64]) -> Value {
     let (before, after) = layout::sizes(pairs);
     let worst = pairs.iter().zip(lost).max_by(|a, b| a.1.total_cmp(b.1));
+    let each: serde_json::Map<String, Value> =
+        pairs.iter().zip(lost).map(|(pair, lost)| (pair.site.name.clone(), json!(lost))).collect();
     json!({
         "factorized_matrices": pairs.len(),
         "parameters_before": before,
@@ -98,6 +101,7 @@ pub fn report(pairs: &[Pair], lost: &[f64]) -> Value {
         "mean_relative_error": lost.iter().sum::<f64>() / lost.len().max(1) as f64,
         "worst_matrix": worst.map(|(pair, _)| pair.site.name.as_str()),
         "worst_relative_error": worst.map(|(_, lost)| lost),
+        "relative_errors": each,
     })
 }
 
@@ -123,9 +127,9 @@ impl Method for Svd {
     }
 
     fn run(&self, inputs: &Inputs, plan: &Plan, cx: &mut Context) -> Result<Output> {
-        let (name, model) = (Self::INFO.name, &inputs.models[0]);
+        let model = &inputs.models[0];
         let pairs = layout::planned(model, plan);
-        let files = layout::side_files(model, name, &self.thinness, &pairs)?;
+        let files = layout::side_files(model, plan, &pairs)?;
         let emitter = Emitter::begin_with(inputs, plan, cx, files)?;
         cx.progress.begin("decomposing", pairs.len() as u64, Unit::Tensors);
         let done: Result<Vec<f64>> = cx.install(|| {

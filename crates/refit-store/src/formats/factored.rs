@@ -222,7 +222,7 @@ fn matrix(
     let (&[rows, rank], &[inner, columns]) = shapes else {
         return Err(format!("its factors are {:?} and {:?}, not matrices", shapes.0, shapes.1));
     };
-    if rank != inner || rank == 0 {
+    if rank != inner || [rank, rows, columns].contains(&0) {
         return Err(format!(
             "its factors are [{rows}, {rank}] and [{inner}, {columns}]: no product"
         ));

@@ -127,6 +127,7 @@ impl<'a> Bench<'a> {
             reasons: vec!["needs no data".into(), kind],
             warnings: planned.plan.warnings,
             commands: vec![routes::export(&self.model.source, export, &out)],
+            result: vec![out],
         })
     }
 }

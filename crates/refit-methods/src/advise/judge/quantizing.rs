@@ -99,7 +99,11 @@ impl<'a> Bench<'a> {
                     base.warnings
                         .push("engines add it while they run (--lora of llama.cpp, PEFT)".into());
                 }
-                Ok(self.advised(entry, base, whole(file), reasons))
+                // Files for other tools hold the codes alone: refit measures codes and product together.
+                let together = matches!(way, Way::Compensated(_)).then(|| base.decoded.clone());
+                let mut advised = self.advised(entry, base, whole(file), reasons);
+                advised.result = together.map_or(advised.result, |model| vec![model]);
+                Ok(advised)
             }
         }
     }
@@ -147,6 +151,7 @@ impl<'a> Bench<'a> {
             reasons,
             warnings: base.warnings,
             commands: base.commands,
+            result: vec![base.packed],
         }
     }
 
@@ -223,6 +228,7 @@ impl<'a> Bench<'a> {
                 routes::apply(entry.info.name, source, &planned.parameters, data, &decoded),
                 routes::export(&decoded, &export, &out),
             ],
+            result: vec![out],
         })
     }
 

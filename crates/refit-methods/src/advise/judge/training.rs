@@ -120,7 +120,8 @@ impl<'a> Bench<'a> {
             planned.tokens,
             base.packed
         )];
-        Ok(self.advised(entry, base, size, reasons))
+        let result = vec![base.packed.clone(), "--adapter".to_owned(), out];
+        Ok(Advised { result, ..self.advised(entry, base, size, reasons) })
     }
 
     /// Thin factors in place of matrices, as many weights as the size pays for.
@@ -184,6 +185,7 @@ impl<'a> Bench<'a> {
                 reasons,
                 warnings: [vec![warning.to_owned()], planned.plan.warnings].concat(),
                 commands: vec![command],
+                result: vec![out],
             });
         }
         Err(match smallest {

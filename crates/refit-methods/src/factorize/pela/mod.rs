@@ -26,7 +26,8 @@ use serde_json::json;
 use crate::adapt::frame::{Rows, Session};
 use crate::adapt::training::{self, Training};
 use crate::error::{Error, Result};
-use crate::factorize::layout::{self, Pair, Thinness};
+use crate::factorize::layout;
+use crate::factorize::ranks::{Pair, Thinness};
 use crate::factorize::svd;
 use crate::method::{
     Action, Claim, Context, Effort, Family, Info, InputSpec, Inputs, Method, Output, OutputKind,
